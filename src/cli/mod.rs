@@ -1,0 +1,1 @@
+//! Flags, terminal, exit codes.

@@ -1,0 +1,142 @@
+//! What can end a backup: `{kind, what, where, why}`. Match on the kind, never on the text.
+
+use crate::ground::range::ByteRange;
+use std::path::{Path, PathBuf};
+use std::{fmt, io};
+
+/// Which promise failed. The command line turns it into an exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The request makes no sense; nothing was touched.
+    Usage,
+    /// The source cannot be opened, read or understood, or it changed while it was copied.
+    Source,
+    /// The target cannot be created, written, flushed or renamed.
+    Target,
+    /// The point in time was lost: overlay full, capture failed or timed out, a writer broke away.
+    InstantLost,
+    /// Verification found a difference.
+    Differs,
+    /// Source or target is locked or mounted, or another backup of it runs; nothing was touched.
+    Busy,
+    /// Cancelled on request.
+    Cancelled,
+    /// Anything else.
+    Other,
+}
+
+/// Which end of the copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// What is read.
+    Source,
+    /// What is written.
+    Target,
+    /// Where overwritten clusters are saved.
+    Overlay,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Source => "source",
+            Self::Target => "target",
+            Self::Overlay => "overlay",
+        })
+    }
+}
+
+/// Where an I/O error happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which end.
+    pub side: Side,
+    /// What was being done: a verb, such as "open", "read", "write", "flush", "rename".
+    pub during: &'static str,
+    /// The file or device, where one name says more than the side alone.
+    pub path: Option<PathBuf>,
+    /// The bytes, where it was about bytes.
+    pub range: Option<ByteRange>,
+}
+
+/// An error of the backup, whole: what, where, which side, why.
+#[derive(Debug)]
+pub struct Error {
+    kind: Kind,
+    what: String,
+    place: Option<Place>,
+    source: Option<io::Error>,
+}
+
+/// The result of everything that can end a backup.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A refusal or a finding that is not an I/O error. `what` is one full line, without a full stop.
+    pub fn new(kind: Kind, what: impl Into<String>) -> Self {
+        Self { kind, what: what.into(), place: None, source: None }
+    }
+
+    /// An I/O error on bytes of one side: `write target at 0x40000+65536: No space left on device`.
+    pub fn io(side: Side, during: &'static str, range: ByteRange, source: io::Error) -> Self {
+        let what = format!("{during} {side} at {range}");
+        Self::at(Place { side, during, path: None, range: Some(range) }, what, source)
+    }
+
+    /// An I/O error on a file as a whole: `open source 'disk.raw': No such file or directory`.
+    pub fn file(side: Side, during: &'static str, path: &Path, source: io::Error) -> Self {
+        let what = format!("{during} {side} '{}'", path.display());
+        Self::at(Place { side, during, path: Some(path.to_owned()), range: None }, what, source)
+    }
+
+    fn at(place: Place, what: String, source: io::Error) -> Self {
+        let kind = match place.side {
+            Side::Source => Kind::Source,
+            Side::Target => Kind::Target,
+            Side::Overlay => Kind::InstantLost,
+        };
+        Self { kind, what, place: Some(place), source: Some(source) }
+    }
+
+    /// The same error under another kind, where the side alone decides wrongly.
+    pub fn with_kind(self, kind: Kind) -> Self {
+        Self { kind, ..self }
+    }
+
+    /// Which promise failed.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Where, for an I/O error.
+    pub fn place(&self) -> Option<&Place> {
+        self.place.as_ref()
+    }
+
+    /// The system's error number, for an I/O error that has one.
+    pub fn errno(&self) -> Option<i32> {
+        self.source.as_ref().and_then(io::Error::raw_os_error)
+    }
+}
+
+/// The system's words for `error`, without Rust's "(os error N)".
+pub fn reason(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(errno) => {
+            let text = error.to_string();
+            text.strip_suffix(&format!(" (os error {errno})")).unwrap_or(&text).to_owned()
+        }
+        None => error.to_string(),
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.source {
+            Some(source) => write!(f, "{}: {}", self.what, reason(source)),
+            None => f.write_str(&self.what),
+        }
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,5 @@
+//! Floor 0: values and their arithmetic. No clock, no I/O, no locks.
+
+pub mod bitmap;
+pub mod cluster;
+pub mod range;

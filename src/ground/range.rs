@@ -1,0 +1,107 @@
+//! Byte ranges of a disk, and what is known of their contents.
+
+use std::fmt;
+
+/// A run of bytes: `offset` from the start of the disk, `length` bytes long.
+///
+/// `offset + length` never overflows: whoever takes numbers from outside builds one with [`ByteRange::checked`].
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct ByteRange {
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes.
+    pub length: u64,
+}
+
+impl ByteRange {
+    /// A range from trusted numbers; panics in debug builds when `offset + length` overflows.
+    pub const fn new(offset: u64, length: u64) -> Self {
+        debug_assert!(offset.checked_add(length).is_some(), "range overflows");
+        Self { offset, length }
+    }
+
+    /// A range from untrusted numbers: `None` when `offset + length` overflows.
+    pub const fn checked(offset: u64, length: u64) -> Option<Self> {
+        match offset.checked_add(length) {
+            Some(_) => Some(Self { offset, length }),
+            None => None,
+        }
+    }
+
+    /// From the first byte up to, without, `end`.
+    pub const fn between(offset: u64, end: u64) -> Self {
+        Self::new(offset, end - offset)
+    }
+
+    /// The byte after the last.
+    pub const fn end(self) -> u64 {
+        self.offset + self.length
+    }
+
+    /// Holds no byte.
+    pub const fn is_empty(self) -> bool {
+        self.length == 0
+    }
+
+    /// The bytes in both.
+    pub fn intersect(self, other: Self) -> Self {
+        let offset = self.offset.max(other.offset);
+        let end = self.end().min(other.end());
+        Self::between(offset, end.max(offset))
+    }
+
+    /// Its first `length` bytes, or all of it when it is shorter.
+    pub fn prefix(self, length: u64) -> Self {
+        Self::new(self.offset, self.length.min(length))
+    }
+}
+
+/// `0x40000+65536`: offset in hex, length in bytes, as in every error message.
+impl fmt::Display for ByteRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}+{}", self.offset, self.length)
+    }
+}
+
+impl fmt::Debug for ByteRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// What a layer says of a byte range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// Bytes that have to be read.
+    Data,
+    /// Reads as zeroes, without being read.
+    Zero,
+    /// This layer has nothing; its backing file answers. Never seen above a backing chain.
+    Unallocated,
+}
+
+/// A byte range with one allocation status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where.
+    pub range: ByteRange,
+    /// What is known of it.
+    pub allocation: Allocation,
+}
+
+impl Extent {
+    /// An extent that has to be read.
+    pub const fn data(range: ByteRange) -> Self {
+        Self { range, allocation: Allocation::Data }
+    }
+
+    /// An extent that reads as zeroes.
+    pub const fn zero(range: ByteRange) -> Self {
+        Self { range, allocation: Allocation::Zero }
+    }
+
+    /// An extent that the backing file answers for.
+    pub const fn unallocated(range: ByteRange) -> Self {
+        Self { range, allocation: Allocation::Unallocated }
+    }
+}

@@ -1,0 +1,26 @@
+//! Point-in-time backup of a disk image or block device while programs keep writing to it.
+//!
+//! For each cluster one question is asked: *who holds its contents as of the instant?* The source, the overlay or
+//! the target. A writer may overwrite a cluster once the source is no longer its last holder and nobody reads it
+//! there. Everything else is moving bytes and reporting.
+//!
+//! Modules stand on floors; each uses only lower floors and siblings in its own folder (`tests/tidy.rs` checks it):
+//!
+//! | floor | modules | |
+//! |---|---|---|
+//! | 0 | [`ground`], `sync` | values only |
+//! | 1 | [`error`], `snapshot::copy_state` | |
+//! | 2 | `snapshot::tracker`, [`job`] | waits, does no I/O |
+//! | 3 | [`image`] | I/O |
+//! | 4 | [`copier`] | the worker loop |
+//! | 5 | [`backup`] | wires everything, joins everything |
+//! | 6 | `cli` | flags, terminal, exit codes |
+
+#[cfg(feature = "cli")]
+pub mod cli;
+pub mod error;
+pub mod ground;
+#[cfg(feature = "engine")]
+pub mod image;
+pub mod snapshot;
+mod sync;

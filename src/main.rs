@@ -1,0 +1,3 @@
+//! The command. It only turns a result into an exit code.
+
+fn main() {}

@@ -1,0 +1,326 @@
+//! The one table of the backup: for each cluster, who holds its contents as of the instant.
+//!
+//! | dirty | saved | in flight | holder | may a writer overwrite the source? |
+//! |---|---|---|---|---|
+//! | yes | no | no | source | no: preserve it first |
+//! | no | no | capture | source | no: wait for the capture |
+//! | no | no | copy, source not read | source | no: wait for the read |
+//! | no | no | copy, source read | the copier's buffer | yes |
+//! | any | yes | any | overlay | yes |
+//! | no | no | no | target | yes |
+//!
+//! Steps return what to do; the caller does it. One invariant: to claim is to clear the dirty bits and to enter the
+//! in-flight list, in one step, so a cluster has one mover at most.
+
+use crate::ground::bitmap::Bitmap;
+use crate::ground::cluster::{ClusterSize, Clusters};
+use crate::ground::range::ByteRange;
+
+/// How chunks are cut and in which order they go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Bytes, a multiple of the cluster and of the target's cluster: a claim starts and ends on multiples of it.
+    pub granule: u64,
+    /// Claims must ascend without gaps, for a target that is a stream.
+    pub ascending: bool,
+}
+
+/// The right and the duty to move a run of clusters. Only [`CopyState::finish`] or [`CopyState::captured`] takes it.
+#[must_use = "a claim that is not finished blocks its clusters for ever"]
+#[derive(Debug, PartialEq, Eq)]
+pub struct Claim {
+    id: u64,
+    clusters: Clusters,
+    range: ByteRange,
+}
+
+impl Claim {
+    /// The bytes to move.
+    pub fn range(&self) -> ByteRange {
+        self.range
+    }
+}
+
+/// What the copier does next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next<C> {
+    /// Move these.
+    Claim(C),
+    /// Everything left is in somebody's hands; ask again after a change.
+    Wait,
+    /// Everything is on the target.
+    Done,
+}
+
+/// What a trapped write has to do next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Trap<C> {
+    /// No one reads the source there any more: write.
+    Proceed,
+    /// Somebody is reading it; ask again after a change.
+    Wait,
+    /// Save these clusters in the overlay, then ask again.
+    Preserve(C),
+}
+
+/// Who has a piece of a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// Still unchanged on the source.
+    Source,
+    /// Saved before it was overwritten.
+    Overlay,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    Copy { source_read: bool },
+    Capture,
+}
+
+#[derive(Debug)]
+struct Flight {
+    id: u64,
+    clusters: Clusters,
+    work: Work,
+}
+
+/// See the module's table.
+#[derive(Debug)]
+pub struct CopyState {
+    size: ClusterSize,
+    length: u64,
+    plan: Plan,
+    dirty: Bitmap,
+    saved: Bitmap,
+    in_flight: Vec<Flight>,
+    cursor: u64,
+    next_id: u64,
+    lost: bool,
+}
+
+impl CopyState {
+    /// A disk of `length` bytes, all of it dirty.
+    pub fn new(length: u64, size: ClusterSize, plan: Plan) -> Self {
+        debug_assert!(plan.granule.is_multiple_of(size.bytes()), "granules are whole clusters");
+        let count = size.count(length);
+        let mut dirty = Bitmap::new(count);
+        dirty.set(0..count);
+        Self {
+            size,
+            length,
+            plan,
+            dirty,
+            saved: Bitmap::new(count),
+            in_flight: Vec::new(),
+            cursor: 0,
+            next_id: 0,
+            lost: false,
+        }
+    }
+
+    /// The next run to copy: at most `limit` bytes, but at least one granule. With `overlay_first`, a run that the
+    /// overlay holds is preferred, wherever it is.
+    pub fn claim_next(&mut self, limit: u64, overlay_first: bool) -> Next<Claim> {
+        if overlay_first && !self.plan.ascending {
+            if let Some(clusters) = self.saved_granule() {
+                return Next::Claim(self.claim(clusters, Work::Copy { source_read: false }));
+            }
+        }
+        let count = self.dirty.len();
+        let found = self.dirty_granules(self.cursor, count, limit).or_else(|| {
+            let end = if self.plan.ascending { 0 } else { self.cursor };
+            self.dirty_granules(0, end, limit)
+        });
+        match found {
+            Some(clusters)
+                if self.plan.ascending && self.in_flight.iter().any(|f| f.clusters.start < clusters.start) =>
+            {
+                Next::Wait
+            }
+            Some(clusters) => {
+                self.cursor = clusters.end;
+                Next::Claim(self.claim(clusters, Work::Copy { source_read: false }))
+            }
+            None if self.in_flight.is_empty() && self.dirty.count_ones() == 0 => Next::Done,
+            None => Next::Wait,
+        }
+    }
+
+    /// Keeps the first `length` bytes of a claim, whole granules, and gives the rest back. Before the source is read.
+    pub fn shrink(&mut self, claim: &mut Claim, length: u64) {
+        debug_assert!(length > 0 && length.is_multiple_of(self.plan.granule) || length >= claim.range.length);
+        let kept = self.size.covering(claim.range.prefix(length));
+        let flight = Self::flight(&mut self.in_flight, claim.id);
+        debug_assert!(flight.work == Work::Copy { source_read: false }, "shrunk before it is read");
+        let rest = kept.end..flight.clusters.end;
+        flight.clusters = kept.clone();
+        // The copier comes back to the rest next; it is still the lowest that is dirty.
+        self.cursor = self.cursor.min(rest.start);
+        self.dirty.set(rest);
+        claim.range = self.size.bytes_of(kept.clone(), self.length);
+        claim.clusters = kept;
+    }
+
+    /// The pieces of a claim, in order, each with who has it. Stable until the claim is finished.
+    pub fn pieces(&self, claim: &Claim) -> Vec<(ByteRange, Holder)> {
+        let mut pieces = Vec::new();
+        let Clusters { mut start, end } = claim.clusters;
+        while start < end {
+            let (holder, stop) = if self.saved.get(start) {
+                (Holder::Overlay, self.saved.next_clear(start, end))
+            } else {
+                (Holder::Source, self.saved.next_set(start, end))
+            };
+            let stop = stop.unwrap_or(end);
+            pieces.push((self.size.bytes_of(start..stop, self.length), holder));
+            start = stop;
+        }
+        pieces
+    }
+
+    /// The bytes of a copy are in memory: writers may overwrite its clusters. Returns them, free from now on.
+    pub fn source_read(&mut self, claim: &Claim) -> Clusters {
+        let flight = Self::flight(&mut self.in_flight, claim.id);
+        debug_assert!(flight.work == Work::Copy { source_read: false }, "read once");
+        flight.work = Work::Copy { source_read: true };
+        flight.clusters.clone()
+    }
+
+    /// The end of a copy. `ok`: the target has it; returns the runs that the overlay may drop. Otherwise it is dirty
+    /// again; what had been released to writers by then and is in no overlay is lost, and with it the instant.
+    pub fn finish(&mut self, claim: Claim, ok: bool) -> Vec<ByteRange> {
+        let flight = self.land(claim.id);
+        let overlay: Vec<_> = self.saved_runs(flight.clusters.clone());
+        if ok {
+            self.saved.clear(flight.clusters);
+            return overlay.into_iter().map(|run| self.size.bytes_of(run, self.length)).collect();
+        }
+        let saved: u64 = overlay.iter().map(|run| run.end - run.start).sum();
+        let unsaved = flight.clusters.end - flight.clusters.start - saved;
+        self.lost |= flight.work == Work::Copy { source_read: true } && unsaved > 0;
+        self.dirty.set(flight.clusters);
+        Vec::new()
+    }
+
+    /// A write to `range` is waiting: what has it to do? Ask again until `Proceed`.
+    pub fn trap(&mut self, range: ByteRange) -> Trap<Claim> {
+        let touched = self.size.covering(range);
+        debug_assert!(touched.end <= self.dirty.len(), "write within the disk");
+        let mut wait = false;
+        let mut cluster = touched.start;
+        while cluster < touched.end {
+            if self.must_preserve(cluster) {
+                let end = (cluster + 1..touched.end).find(|&c| !self.must_preserve(c)).unwrap_or(touched.end);
+                return Trap::Preserve(self.claim(cluster..end, Work::Capture));
+            }
+            wait |= !self.is_free(cluster);
+            cluster += 1;
+        }
+        if wait { Trap::Wait } else { Trap::Proceed }
+    }
+
+    /// The end of a capture. `ok`: the overlay has it, and these clusters are free from now on.
+    pub fn captured(&mut self, claim: Claim, ok: bool) -> Option<Clusters> {
+        let flight = self.land(claim.id);
+        debug_assert!(flight.work == Work::Capture, "a capture");
+        self.dirty.set(flight.clusters.clone());
+        ok.then(|| {
+            self.saved.set(flight.clusters.clone());
+            flight.clusters
+        })
+    }
+
+    /// May a writer overwrite this cluster without asking? Once true, true for the rest of the job.
+    pub fn is_free(&self, cluster: u64) -> bool {
+        if self.saved.get(cluster) {
+            return true;
+        }
+        match self.in_flight.iter().find(|f| f.clusters.contains(&cluster)) {
+            Some(flight) => flight.work == Work::Copy { source_read: true },
+            None => !self.dirty.get(cluster),
+        }
+    }
+
+    /// A copy failed after its clusters were released: the target can no longer be made whole.
+    pub fn is_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Bytes that are not yet on the target and in nobody's hands.
+    pub fn dirty_bytes(&self) -> u64 {
+        (self.dirty.count_ones() * self.size.bytes()).min(self.length)
+    }
+
+    /// Clusters that the overlay holds.
+    pub fn saved_clusters(&self) -> u64 {
+        self.saved.count_ones()
+    }
+
+    fn must_preserve(&self, cluster: u64) -> bool {
+        self.dirty.get(cluster) && !self.saved.get(cluster)
+    }
+
+    fn claim(&mut self, clusters: Clusters, work: Work) -> Claim {
+        debug_assert!(
+            self.in_flight.iter().all(|f| f.clusters.end <= clusters.start || clusters.end <= f.clusters.start),
+            "one mover for a cluster"
+        );
+        let id = self.next_id;
+        self.next_id += 1;
+        self.dirty.clear(clusters.clone());
+        self.in_flight.push(Flight { id, clusters: clusters.clone(), work });
+        Claim { id, range: self.size.bytes_of(clusters.clone(), self.length), clusters }
+    }
+
+    fn flight(in_flight: &mut [Flight], id: u64) -> &mut Flight {
+        in_flight.iter_mut().find(|f| f.id == id).expect("a claim is in flight until it is finished")
+    }
+
+    fn land(&mut self, id: u64) -> Flight {
+        let at = self.in_flight.iter().position(|f| f.id == id).expect("a claim is finished once");
+        self.in_flight.swap_remove(at)
+    }
+
+    /// First run of wholly dirty granules in `from..to`, at most `limit` bytes but one granule at least.
+    fn dirty_granules(&self, from: u64, to: u64, limit: u64) -> Option<Clusters> {
+        let granule = self.plan.granule / self.size.bytes();
+        let most = (limit / self.size.bytes()).max(granule) / granule * granule;
+        let mut from = from;
+        loop {
+            let first = self.dirty.next_set(from, to)? / granule * granule;
+            let end = self.dirty.next_clear(first, first + most).unwrap_or((first + most).min(self.dirty.len()));
+            let whole = if end == self.dirty.len() { end } else { end / granule * granule };
+            if whole > first {
+                return Some(first..whole);
+            }
+            from = first + granule;
+        }
+    }
+
+    /// The first granule that is wholly dirty and partly or wholly in the overlay.
+    fn saved_granule(&self) -> Option<Clusters> {
+        let granule = self.plan.granule / self.size.bytes();
+        let count = self.saved.len();
+        let mut from = 0;
+        loop {
+            let first = self.saved.next_set(from, count)? / granule * granule;
+            let end = (first + granule).min(count);
+            if self.dirty.next_clear(first, end).is_none() {
+                return Some(first..end);
+            }
+            from = end;
+        }
+    }
+
+    fn saved_runs(&self, clusters: Clusters) -> Vec<Clusters> {
+        let mut runs = Vec::new();
+        let mut from = clusters.start;
+        while let Some(start) = self.saved.next_set(from, clusters.end) {
+            let end = self.saved.next_clear(start, clusters.end).unwrap_or(clusters.end);
+            runs.push(start..end);
+            from = end;
+        }
+        runs
+    }
+}

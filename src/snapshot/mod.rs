@@ -1,0 +1,3 @@
+//! Who holds each cluster as of the instant, and who may overwrite it.
+
+pub mod copy_state;
