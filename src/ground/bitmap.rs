@@ -73,6 +73,26 @@ impl Bitmap {
         self.find(from, end, |word| !word)
     }
 
+    /// The runs of set bits in `within`, in order.
+    pub fn runs(&self, within: Clusters) -> impl Iterator<Item = Clusters> + '_ {
+        let Clusters { mut start, end } = within;
+        std::iter::from_fn(move || {
+            let first = self.next_set(start, end)?;
+            start = self.next_clear(first, end).unwrap_or(end);
+            Some(first..start)
+        })
+    }
+
+    /// The runs of clear bits in `within`, in order.
+    pub fn clear_runs(&self, within: Clusters) -> impl Iterator<Item = Clusters> + '_ {
+        let Clusters { mut start, end } = within;
+        std::iter::from_fn(move || {
+            let first = self.next_clear(start, end)?;
+            start = self.next_set(first, end).unwrap_or(end);
+            Some(first..start)
+        })
+    }
+
     fn find(&self, from: u64, end: u64, wanted: impl Fn(u64) -> u64) -> Option<u64> {
         let end = end.min(self.len);
         let mut bit = from;

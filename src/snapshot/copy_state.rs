@@ -95,6 +95,7 @@ pub struct CopyState {
     saved: Bitmap,
     in_flight: Vec<Flight>,
     cursor: u64,
+    saved_cursor: u64,
     next_id: u64,
     lost: bool,
 }
@@ -114,16 +115,31 @@ impl CopyState {
             saved: Bitmap::new(count),
             in_flight: Vec::new(),
             cursor: 0,
+            saved_cursor: 0,
             next_id: 0,
             lost: false,
         }
     }
 
+    /// Bytes of the disk.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// What is tracked and saved as one.
+    pub fn cluster_size(&self) -> ClusterSize {
+        self.size
+    }
+
     /// The next run to copy: at most `limit` bytes, but at least one granule. With `overlay_first`, a run that the
-    /// overlay holds is preferred, wherever it is.
+    /// overlay holds is preferred, wherever it is (unless claims must ascend).
     pub fn claim_next(&mut self, limit: u64, overlay_first: bool) -> Next<Claim> {
+        if self.is_done() {
+            return Next::Done;
+        }
         if overlay_first && !self.plan.ascending {
-            if let Some(clusters) = self.saved_granule() {
+            if let Some(clusters) = self.saved_granules(limit) {
+                self.saved_cursor = clusters.end;
                 return Next::Claim(self.claim(clusters, Work::Copy { source_read: false }));
             }
         }
@@ -142,7 +158,6 @@ impl CopyState {
                 self.cursor = clusters.end;
                 Next::Claim(self.claim(clusters, Work::Copy { source_read: false }))
             }
-            None if self.in_flight.is_empty() && self.dirty.count_ones() == 0 => Next::Done,
             None => Next::Wait,
         }
     }
@@ -191,7 +206,8 @@ impl CopyState {
     /// again; what had been released to writers by then and is in no overlay is lost, and with it the instant.
     pub fn finish(&mut self, claim: Claim, ok: bool) -> Vec<ByteRange> {
         let flight = self.land(claim.id);
-        let overlay: Vec<_> = self.saved_runs(flight.clusters.clone());
+        debug_assert!(flight.work != Work::Capture, "a copy");
+        let overlay: Vec<_> = self.saved.runs(flight.clusters.clone()).collect();
         if ok {
             self.saved.clear(flight.clusters);
             return overlay.into_iter().map(|run| self.size.bytes_of(run, self.length)).collect();
@@ -199,6 +215,9 @@ impl CopyState {
         let saved: u64 = overlay.iter().map(|run| run.end - run.start).sum();
         let unsaved = flight.clusters.end - flight.clusters.start - saved;
         self.lost |= flight.work == Work::Copy { source_read: true } && unsaved > 0;
+        if self.plan.ascending {
+            self.cursor = self.cursor.min(flight.clusters.start);
+        }
         self.dirty.set(flight.clusters);
         Vec::new()
     }
@@ -231,7 +250,7 @@ impl CopyState {
         })
     }
 
-    /// May a writer overwrite this cluster without asking? Once true, true for the rest of the job.
+    /// May a writer overwrite this cluster without asking? Once true, true for the rest of the job, unless it is lost.
     pub fn is_free(&self, cluster: u64) -> bool {
         if self.saved.get(cluster) {
             return true;
@@ -242,6 +261,27 @@ impl CopyState {
         }
     }
 
+    /// Tells `each` every run of clusters that writers may overwrite without asking; some of them twice.
+    pub fn each_free(&self, mut each: impl FnMut(Clusters)) {
+        let count = self.dirty.len();
+        self.saved.runs(0..count).for_each(&mut each);
+        let read = Work::Copy { source_read: true };
+        let mut held: Vec<_> = self.in_flight.iter().filter(|f| f.work != read).map(|f| f.clusters.clone()).collect();
+        held.sort_by_key(|clusters| clusters.start);
+        // Between those, what is not dirty is on the target or in a copier's memory.
+        let mut from = 0;
+        for clusters in held {
+            self.dirty.clear_runs(from..clusters.start).for_each(&mut each);
+            from = clusters.end;
+        }
+        self.dirty.clear_runs(from..count).for_each(&mut each);
+    }
+
+    /// Everything is on the target, and nothing is in flight.
+    pub fn is_done(&self) -> bool {
+        self.in_flight.is_empty() && self.dirty.count_ones() == 0
+    }
+
     /// A copy failed after its clusters were released: the target can no longer be made whole.
     pub fn is_lost(&self) -> bool {
         self.lost
@@ -249,7 +289,13 @@ impl CopyState {
 
     /// Bytes that are not yet on the target and in nobody's hands.
     pub fn dirty_bytes(&self) -> u64 {
-        (self.dirty.count_ones() * self.size.bytes()).min(self.length)
+        let count = self.dirty.len();
+        let past_end = match self.dirty.next_set(count.saturating_sub(1), count) {
+            Some(last) => self.size.bytes() - self.size.bytes_of(last..count, self.length).length,
+            None => 0,
+        };
+        // In 128 bits: the last cluster may end past 2^64.
+        (u128::from(self.dirty.count_ones()) * u128::from(self.size.bytes()) - u128::from(past_end)) as u64
     }
 
     /// Clusters that the overlay holds.
@@ -282,14 +328,25 @@ impl CopyState {
         self.in_flight.swap_remove(at)
     }
 
+    fn granule(&self) -> u64 {
+        self.plan.granule / self.size.bytes()
+    }
+
+    /// Whole granules in `limit` bytes, one at least.
+    fn most(&self, limit: u64) -> u64 {
+        let granule = self.granule();
+        (limit / self.size.bytes()).max(granule) / granule * granule
+    }
+
     /// First run of wholly dirty granules in `from..to`, at most `limit` bytes but one granule at least.
     fn dirty_granules(&self, from: u64, to: u64, limit: u64) -> Option<Clusters> {
-        let granule = self.plan.granule / self.size.bytes();
-        let most = (limit / self.size.bytes()).max(granule) / granule * granule;
+        let granule = self.granule();
+        let most = self.most(limit);
         let mut from = from;
         loop {
             let first = self.dirty.next_set(from, to)? / granule * granule;
-            let end = self.dirty.next_clear(first, first + most).unwrap_or((first + most).min(self.dirty.len()));
+            let stop = first.saturating_add(most).min(self.dirty.len());
+            let end = self.dirty.next_clear(first, stop).unwrap_or(stop);
             let whole = if end == self.dirty.len() { end } else { end / granule * granule };
             if whole > first {
                 return Some(first..whole);
@@ -298,29 +355,34 @@ impl CopyState {
         }
     }
 
-    /// The first granule that is wholly dirty and partly or wholly in the overlay.
-    fn saved_granule(&self) -> Option<Clusters> {
-        let granule = self.plan.granule / self.size.bytes();
+    /// The next run of granules that are wholly dirty and each at least partly in the overlay.
+    fn saved_granules(&self, limit: u64) -> Option<Clusters> {
+        let granule = self.granule();
         let count = self.saved.len();
-        let mut from = 0;
+        let first =
+            self.saved_granule(self.saved_cursor, count).or_else(|| self.saved_granule(0, self.saved_cursor))?;
+        let stop = first.saturating_add(self.most(limit)).min(count);
+        let mut end = first;
+        while end < stop && self.is_saved_granule(end) {
+            end = (end + granule).min(count);
+        }
+        Some(first..end)
+    }
+
+    fn saved_granule(&self, from: u64, to: u64) -> Option<u64> {
+        let granule = self.granule();
+        let mut from = from;
         loop {
-            let first = self.saved.next_set(from, count)? / granule * granule;
-            let end = (first + granule).min(count);
-            if self.dirty.next_clear(first, end).is_none() {
-                return Some(first..end);
+            let first = self.saved.next_set(from, to)? / granule * granule;
+            if self.is_saved_granule(first) {
+                return Some(first);
             }
-            from = end;
+            from = first + granule;
         }
     }
 
-    fn saved_runs(&self, clusters: Clusters) -> Vec<Clusters> {
-        let mut runs = Vec::new();
-        let mut from = clusters.start;
-        while let Some(start) = self.saved.next_set(from, clusters.end) {
-            let end = self.saved.next_clear(start, clusters.end).unwrap_or(clusters.end);
-            runs.push(start..end);
-            from = end;
-        }
-        runs
+    fn is_saved_granule(&self, first: u64) -> bool {
+        let end = (first + self.granule()).min(self.dirty.len());
+        self.dirty.next_clear(first, end).is_none() && self.saved.next_set(first, end).is_some()
     }
 }

@@ -1,3 +1,4 @@
 //! Who holds each cluster as of the instant, and who may overwrite it.
 
 pub mod copy_state;
+pub mod tracker;
