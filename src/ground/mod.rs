@@ -3,3 +3,4 @@
 pub mod bitmap;
 pub mod cluster;
 pub mod range;
+pub mod throttle;

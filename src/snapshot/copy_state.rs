@@ -137,11 +137,10 @@ impl CopyState {
         if self.is_done() {
             return Next::Done;
         }
-        if overlay_first && !self.plan.ascending {
-            if let Some(clusters) = self.saved_granules(limit) {
-                self.saved_cursor = clusters.end;
-                return Next::Claim(self.claim(clusters, Work::Copy { source_read: false }));
-            }
+        let saved = if overlay_first && !self.plan.ascending { self.saved_granules(limit) } else { None };
+        if let Some(clusters) = saved {
+            self.saved_cursor = clusters.end;
+            return Next::Claim(self.claim(clusters, Work::Copy { source_read: false }));
         }
         let count = self.dirty.len();
         let found = self.dirty_granules(self.cursor, count, limit).or_else(|| {
