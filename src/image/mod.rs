@@ -1,6 +1,12 @@
 //! The two ends of a copy: one trait, and a file for each kind of end.
 
+pub mod direct;
+#[cfg(test)]
+pub(crate) mod fixture;
+mod holes;
+pub mod medium;
 pub mod raw;
+mod sys;
 
 use crate::ground::range::{ByteRange, Extent};
 use std::fs::File;

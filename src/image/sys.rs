@@ -1,0 +1,62 @@
+//! The system calls that neither rustix nor nix wraps safely. The only unsafe code below the ring.
+#![allow(unsafe_code)]
+
+use super::medium::Identity;
+use crate::ground::range::ByteRange;
+use nix::libc;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+mod raw {
+    use nix::libc;
+
+    // linux/fs.h: _IO(0x12, 119), with a pointer to {start, length} in bytes.
+    nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
+    // linux/loop.h: LOOP_GET_STATUS64.
+    nix::ioctl_read_bad!(loop_get_status64, 0x4C05, LoopStatus);
+
+    /// `struct loop_info64` of linux/loop.h: 232 bytes, of which the first 24 matter here.
+    #[repr(C)]
+    pub struct LoopStatus {
+        pub device: u64,
+        pub inode: u64,
+        pub rdevice: u64,
+        pub rest: [u64; 26],
+    }
+    const _: () = assert!(size_of::<LoopStatus>() == 232);
+    const _: () = assert!(size_of::<libc::off64_t>() == 8);
+}
+
+/// Starts writing out dirty pages of the whole file without waiting for them. May block while the device's queue is
+/// full.
+pub fn start_writeback(file: &File) -> io::Result<()> {
+    // SAFETY: takes no pointer; `file` keeps the descriptor open during the call.
+    match unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Tells a block device that `range` is no longer needed. Blocks. `range` must be whole sectors.
+pub fn discard_device(file: &File, range: ByteRange) -> io::Result<()> {
+    // SAFETY: BLKDISCARD reads two u64 from the pointer, which is to an array of two that outlives the call.
+    unsafe { raw::blkdiscard(file.as_raw_fd(), &[range.offset, range.length]) }?;
+    Ok(())
+}
+
+/// The file behind a loop device; `ENXIO` when it has none, `ENOTTY` when `file` is no loop device.
+pub fn loop_backing(file: &File) -> io::Result<Identity> {
+    let mut status = raw::LoopStatus { device: 0, inode: 0, rdevice: 0, rest: [0; 26] };
+    // SAFETY: LOOP_GET_STATUS64 fills a struct loop_info64, whose size LoopStatus has (asserted above); every bit
+    // pattern is a valid LoopStatus.
+    unsafe { raw::loop_get_status64(file.as_raw_fd(), &mut status) }?;
+    Ok(Identity { device: decode_device(status.device), inode: status.inode })
+}
+
+/// The loop driver gives device numbers in the kernel's old wide encoding, stat gives glibc's.
+fn decode_device(encoded: u64) -> u64 {
+    let major = (encoded & 0xfff00) >> 8;
+    let minor = (encoded & 0xff) | ((encoded >> 12) & 0xfff00);
+    libc::makedev(major as u32, minor as u32)
+}
