@@ -2,5 +2,7 @@
 
 pub mod bitmap;
 pub mod cluster;
+pub mod policy;
 pub mod range;
+pub mod status;
 pub mod throttle;

@@ -1,0 +1,61 @@
+//! How a backup ended.
+
+use crate::error::Error;
+use crate::ground::range::ByteRange;
+
+/// A copy that is complete under its final name.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// Bytes of the disk.
+    pub total: u64,
+    /// Bytes that were read and written.
+    pub data: u64,
+    /// Bytes that read as zeroes and were not copied.
+    pub zero: u64,
+    /// On stable storage.
+    pub durable: bool,
+    /// The source is known not to have changed, or the copy shows one instant of it.
+    pub consistent: bool,
+    /// Source ranges that could not be read and are zeroes on the target.
+    pub unreadable: Vec<ByteRange>,
+    /// Target ranges that could not be written and hold what they held before.
+    pub skipped: Vec<ByteRange>,
+}
+
+impl Summary {
+    /// Every byte of the source is on the target.
+    pub fn is_whole(&self) -> bool {
+        self.unreadable.is_empty() && self.skipped.is_empty()
+    }
+}
+
+/// What a failed backup left under the target's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TargetState {
+    /// Nothing was touched.
+    Untouched,
+    /// What the job made is gone; what was there before is still there.
+    Removed,
+    /// A device, an existing image or a stream that holds half a copy.
+    Incomplete,
+}
+
+impl TargetState {
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Untouched => "untouched",
+            Self::Removed => "removed",
+            Self::Incomplete => "incomplete",
+        }
+    }
+}
+
+/// A backup that failed.
+#[derive(Debug)]
+pub struct Failure {
+    /// Why.
+    pub error: Error,
+    /// What it left.
+    pub target: TargetState,
+}

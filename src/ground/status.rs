@@ -1,0 +1,95 @@
+//! What a watcher of a job may know at any moment.
+
+/// Where the job is. Only `Copy` moves the percentage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Opening, locking, checking; taking the instant.
+    Prepare,
+    /// Moving bytes.
+    Copy,
+    /// Waiting for stable storage.
+    Flush,
+    /// Reading the target back.
+    Verify,
+    /// Giving the target its name.
+    Publish,
+    /// Ending early.
+    Cancel,
+}
+
+impl Phase {
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prepare => "prepare",
+            Self::Copy => "copy",
+            Self::Flush => "flush",
+            Self::Verify => "verify",
+            Self::Publish => "publish",
+            Self::Cancel => "cancel",
+        }
+    }
+}
+
+/// Why a job stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pause {
+    /// Somebody asked for it.
+    User,
+    /// An I/O error under the policy `stop`; resume tries the same range again.
+    Error,
+}
+
+/// The overlay, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OverlayUsage {
+    /// Held now.
+    pub used: u64,
+    /// The most that was held at once.
+    pub peak: u64,
+    /// May never be exceeded; `None`: no limit.
+    pub limit: Option<u64>,
+}
+
+/// How the writers fared.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct WriterStats {
+    /// Writer processes attached now.
+    pub attached: u64,
+    /// Writes bracketed since the instant.
+    pub writes: u64,
+    /// Of these, the ones that had to wait for a capture or a read.
+    pub trapped: u64,
+    /// Milliseconds that a trapped write waited: median, 99th percentile, longest.
+    pub stall_ms: [f64; 3],
+}
+
+/// One look at a job.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Snapshot {
+    /// Where it is.
+    pub phase: Phase,
+    /// Why it stands still, if it does.
+    pub paused: Option<Pause>,
+    /// Size of the disk in bytes; 0 until it is known.
+    pub total: u64,
+    /// Bytes that were read and written.
+    pub data: u64,
+    /// Bytes that read as zeroes and needed no copying.
+    pub zero: u64,
+    /// I/O errors so far.
+    pub errors: u64,
+    /// Bytes a second; `None`: no limit.
+    pub speed_limit: Option<u64>,
+    /// With an overlay.
+    pub overlay: Option<OverlayUsage>,
+    /// With cooperating writers.
+    pub writers: Option<WriterStats>,
+}
+
+impl Snapshot {
+    /// Bytes that are on the target or need not be. Never falls; equals `total` at the end.
+    pub fn done(&self) -> u64 {
+        self.data + self.zero
+    }
+}

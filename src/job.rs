@@ -1,0 +1,216 @@
+//! The job as its watchers and the copier see it: a gate, a throttle, counters. Waits, does no I/O.
+//!
+//! Every wait here is on one condition variable, so that a verb (cancel, resume, a new speed) wakes the sleeper.
+
+use crate::ground::status::{OverlayUsage, Pause, Phase, Snapshot, WriterStats};
+use crate::ground::throttle::Throttle;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// May the copier go on?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Gate {
+    /// Go on.
+    Go,
+    /// Give up: the job was cancelled.
+    Cancelled,
+}
+
+/// What the overlay and the writers tell a watcher, where a job has them. Must not block.
+pub trait Gauges: Send + Sync {
+    /// Now.
+    fn read(&self) -> (Option<OverlayUsage>, Option<WriterStats>);
+}
+
+/// Shared by the copier, the command line and whoever else steers.
+pub struct Job {
+    control: Mutex<Control>,
+    wake: Condvar,
+    started: Instant,
+    total: AtomicU64,
+    data: AtomicU64,
+    zero: AtomicU64,
+    errors: AtomicU64,
+}
+
+struct Control {
+    phase: Phase,
+    cancelled: bool,
+    paused_by_user: bool,
+    stopped_by_error: bool,
+    rate: Option<u64>,
+    throttle: Throttle,
+    gauges: Option<Arc<dyn Gauges>>,
+    abandon: Vec<Box<dyn FnOnce() + Send>>,
+}
+
+impl Job {
+    /// A job that may move `rate` bytes a second; `None`: no limit.
+    pub fn new(rate: Option<u64>) -> Self {
+        Self {
+            control: Mutex::new(Control {
+                phase: Phase::Prepare,
+                cancelled: false,
+                paused_by_user: false,
+                stopped_by_error: false,
+                rate,
+                throttle: Throttle::new(rate),
+                gauges: None,
+                abandon: Vec::new(),
+            }),
+            wake: Condvar::new(),
+            started: Instant::now(),
+            total: AtomicU64::new(0),
+            data: AtomicU64::new(0),
+            zero: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+        }
+    }
+
+    // A panic elsewhere must not take the gate away from the writers' release.
+    fn control(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Blocks while the job is paused, stopped or ahead of its speed. Called before a claim, so that a sleeper holds
+    /// nothing that a writer could wait for.
+    pub fn gate(&self) -> Gate {
+        let mut control = self.control();
+        loop {
+            if control.cancelled {
+                return Gate::Cancelled;
+            }
+            if control.paused_by_user || control.stopped_by_error {
+                control = self.wake.wait(control).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let delay = control.throttle.delay(self.started.elapsed());
+            if delay == Duration::ZERO {
+                return Gate::Go;
+            }
+            control = self.wake.wait_timeout(control, delay).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Charges bytes that were moved to the speed's budget. Never blocks: captures for writers are charged here too,
+    /// and must not be delayed.
+    pub fn charge(&self, bytes: u64) {
+        self.control().throttle.charge(bytes);
+    }
+
+    /// Stops the job after an error and blocks until it is resumed or cancelled.
+    pub fn stop_for_error(&self) -> Gate {
+        let mut control = self.control();
+        control.stopped_by_error = true;
+        while control.stopped_by_error && !control.cancelled {
+            control = self.wake.wait(control).unwrap_or_else(PoisonError::into_inner);
+        }
+        if control.cancelled { Gate::Cancelled } else { Gate::Go }
+    }
+
+    /// Stands still at the next gate. Captures for writers go on: the instant can't pause.
+    pub fn pause(&self) {
+        self.control().paused_by_user = true;
+    }
+
+    /// Goes on, after a pause as after an error.
+    pub fn resume(&self) {
+        let mut control = self.control();
+        control.paused_by_user = false;
+        control.stopped_by_error = false;
+        self.wake.notify_all();
+    }
+
+    /// Ends the job at the next gate.
+    pub fn cancel(&self) {
+        let mut control = self.control();
+        control.cancelled = true;
+        control.phase = Phase::Cancel;
+        self.wake.notify_all();
+    }
+
+    /// Was it cancelled?
+    pub fn is_cancelled(&self) -> bool {
+        self.control().cancelled
+    }
+
+    /// A new speed in bytes a second, at any time; `None`: no limit.
+    pub fn set_speed(&self, rate: Option<u64>) {
+        let mut control = self.control();
+        control.rate = rate;
+        control.throttle.set_rate(rate, self.started.elapsed());
+        self.wake.notify_all();
+    }
+
+    /// The speed in bytes a second; `None`: no limit.
+    pub fn speed(&self) -> Option<u64> {
+        self.control().rate
+    }
+
+    /// Enters a phase; a cancelled job stays in `Cancel`.
+    pub fn enter(&self, phase: Phase) {
+        let mut control = self.control();
+        if !control.cancelled {
+            control.phase = phase;
+        }
+    }
+
+    /// The size of the disk in bytes is known.
+    pub fn set_total(&self, bytes: u64) {
+        self.total.store(bytes, Relaxed);
+    }
+
+    /// Counts bytes that are on the target.
+    pub fn count_data(&self, bytes: u64) {
+        self.data.fetch_add(bytes, Relaxed);
+    }
+
+    /// Counts bytes that need not be copied.
+    pub fn count_zero(&self, bytes: u64) {
+        self.zero.fetch_add(bytes, Relaxed);
+    }
+
+    /// Counts an I/O error.
+    pub fn count_error(&self) {
+        self.errors.fetch_add(1, Relaxed);
+    }
+
+    /// Where a watcher reads the overlay and the writers.
+    pub fn set_gauges(&self, gauges: Arc<dyn Gauges>) {
+        self.control().gauges = Some(gauges);
+    }
+
+    /// One look; never blocks for long.
+    pub fn snapshot(&self) -> Snapshot {
+        let control = self.control();
+        let (overlay, writers) = control.gauges.as_ref().map_or((None, None), |gauges| gauges.read());
+        Snapshot {
+            phase: control.phase,
+            paused: match (control.stopped_by_error, control.paused_by_user) {
+                (true, _) => Some(Pause::Error),
+                (_, true) => Some(Pause::User),
+                _ => None,
+            },
+            total: self.total.load(Relaxed),
+            data: self.data.load(Relaxed),
+            zero: self.zero.load(Relaxed),
+            errors: self.errors.load(Relaxed),
+            speed_limit: control.rate,
+            overlay,
+            writers,
+        }
+    }
+
+    /// What has to be undone when nobody can wait for the job: it may hang in an I/O call for ever.
+    pub fn on_abandon(&self, undo: impl FnOnce() + Send + 'static) {
+        self.control().abandon.push(Box::new(undo));
+    }
+
+    /// Undoes, the newest first, once. May block as long as the undoings do.
+    pub fn abandon(&self) {
+        let undo = std::mem::take(&mut self.control().abandon);
+        undo.into_iter().rev().for_each(|undo| undo());
+    }
+}

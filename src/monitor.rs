@@ -1,0 +1,89 @@
+//! What the engine tells while it works. It knows no terminal: whoever listens decides what people see.
+
+use crate::error::Error;
+use crate::ground::policy::Action;
+use crate::ground::range::ByteRange;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+/// Listens to a job. Called from the engine's threads: must return at once, whatever its own readers do.
+pub trait Monitor: Send + Sync {
+    /// Something happened.
+    fn event(&self, event: Event<'_>);
+}
+
+/// Something that happened.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// The instant is taken; copying begins.
+    Started(&'a Started),
+    /// Something that the user should know and that ends nothing.
+    Warning(&'a Warning),
+    /// An I/O error, each time, with what was done about it.
+    Fault {
+        /// What, where, why.
+        error: &'a Error,
+        /// By the side's policy.
+        action: Action,
+    },
+}
+
+/// How the instant was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Instant {
+    /// The source did not change while it was copied, which is checked at the end.
+    Unchanging,
+    /// The file system cloned it.
+    Reflink,
+    /// Its writers were frozen, then trapped.
+    Frozen,
+    /// The user allowed an inconsistent copy.
+    Unchecked,
+}
+
+/// What kind of end the target is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TargetKind {
+    /// A new file, published by rename.
+    File,
+    /// An existing image, written in place.
+    Existing,
+    /// A block device, written in place.
+    Device,
+    /// A stream.
+    Stdout,
+}
+
+/// What is known when copying begins.
+#[derive(Clone, Debug)]
+pub struct Started {
+    /// The source, as given.
+    pub device: PathBuf,
+    /// Its format's name.
+    pub source_format: &'static str,
+    /// Its size in bytes.
+    pub virtual_size: u64,
+    /// The target, as given; `None`: standard output.
+    pub target: Option<PathBuf>,
+    /// Its format's name.
+    pub target_format: &'static str,
+    /// What kind of end it is.
+    pub target_kind: TargetKind,
+    /// The instant that the copy shows.
+    pub point_in_time: SystemTime,
+    /// How it was taken.
+    pub instant: Instant,
+}
+
+/// Something that ends nothing.
+#[derive(Clone, Debug)]
+pub struct Warning {
+    /// Stable, for programs: `corrupt_bit`, `unreadable_range`, …
+    pub code: &'static str,
+    /// Which bytes, where it is about bytes.
+    pub range: Option<ByteRange>,
+    /// The system's error number, if it had one.
+    pub errno: Option<i32>,
+    /// One line for people.
+    pub message: String,
+}
