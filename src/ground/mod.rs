@@ -6,3 +6,4 @@ pub mod policy;
 pub mod range;
 pub mod status;
 pub mod throttle;
+pub mod zero;

@@ -1,0 +1,318 @@
+//! The worker loop: gate, claim, read, release the writers, write, finish.
+
+use crate::error::{Error, Kind, Result, Side};
+use crate::ground::policy::{Action, OnError};
+use crate::ground::range::{Allocation, ByteRange};
+use crate::ground::zero;
+use crate::image::Image;
+use crate::job::{Gate, Job};
+use crate::monitor::{Event, Monitor, Warning};
+use crate::snapshot::copy_state::Holder;
+use crate::snapshot::overlay::Overlay;
+use crate::snapshot::tracker::{Claim, Tracker};
+use memmap2::MmapMut;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+/// Bytes moved at once: large enough that system calls don't count, small enough to stay in a core's cache.
+pub const CHUNK: u64 = 1 << 20;
+/// Bytes looked at once for what needs no copying.
+const SCAN: u64 = 1 << 30;
+/// A chunk takes at most this part of a second at the asked speed: progress is even, a change of speed soon felt.
+const CHUNKS_PER_SECOND: u64 = 16;
+/// The least that the policy `ignore` gives up around a bad sector.
+const SALVAGE: u64 = 4 << 10;
+
+/// What is copied, and to where.
+#[derive(Clone, Copy)]
+pub struct Ends<'a> {
+    /// Read from.
+    pub source: &'a dyn Image,
+    /// Read from where a writer came first; `None`: nobody writes.
+    pub overlay: Option<&'a Overlay>,
+    /// Written to.
+    pub target: &'a dyn Image,
+}
+
+/// What stays the same during a copy.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// Bytes, the tracker's: claims start and end on multiples of it.
+    pub granule: u64,
+    /// Blocks of zero bytes of this size become holes; `None`: every byte is written.
+    pub hole: Option<u64>,
+    /// When a read fails.
+    pub on_source_error: OnError,
+    /// When a write fails.
+    pub on_target_error: OnError,
+}
+
+/// What the policy `ignore` let pass, in ascending order.
+#[derive(Debug, Default)]
+pub struct Losses {
+    /// Source ranges that are zeroes on the target.
+    pub unreadable: Vec<ByteRange>,
+    /// Target ranges that were not written.
+    pub skipped: Vec<ByteRange>,
+}
+
+/// Moves everything that the tracker calls dirty.
+pub struct Copier<'a> {
+    job: &'a Job,
+    monitor: &'a dyn Monitor,
+    tracker: &'a Tracker,
+    ends: Ends<'a>,
+    rules: Rules,
+    /// Claims are cut one after the other; holds the data extent found last. An extent once known as data may be
+    /// taken for data for ever: to read a hole is only slow.
+    scan: Mutex<ByteRange>,
+    losses: Mutex<Losses>,
+}
+
+/// What a claim turned out to be.
+enum Found<'t> {
+    Data(Claim<'t>),
+    Zero(Claim<'t>),
+}
+
+impl<'a> Copier<'a> {
+    /// Nothing moves before [`Copier::run`].
+    pub fn new(job: &'a Job, monitor: &'a dyn Monitor, tracker: &'a Tracker, ends: Ends<'a>, rules: Rules) -> Self {
+        Self { job, monitor, tracker, ends, rules, scan: Mutex::default(), losses: Mutex::default() }
+    }
+
+    /// Copies with `workers` threads and blocks until everything is on the target, or until the first error, or
+    /// until the job is cancelled. Nothing is flushed yet.
+    pub fn run(self, workers: usize) -> Result<Losses> {
+        let workers = if self.ends.target.properties().sequential { 1 } else { workers.max(1) };
+        let results = thread::scope(|scope| {
+            let others: Vec<_> = (1..workers).map(|_| scope.spawn(|| self.work())).collect();
+            let own = self.work();
+            let others = others.into_iter().map(|thread| {
+                thread.join().unwrap_or_else(|_| Err(Error::new(Kind::Other, "a copying thread panicked")))
+            });
+            std::iter::once(own).chain(others).collect::<Vec<_>>()
+        });
+        results.into_iter().collect::<Result<()>>()?;
+        if self.tracker.is_lost() {
+            return Err(Error::new(Kind::InstantLost, "a copy failed after its source had been released to a writer"));
+        }
+        let mut losses = self.losses.into_inner().unwrap_or_else(PoisonError::into_inner);
+        merge(&mut losses.unreadable);
+        merge(&mut losses.skipped);
+        Ok(losses)
+    }
+
+    fn work(&self) -> Result<()> {
+        let result = self.work_until_done();
+        if result.is_err() {
+            self.tracker.stop();
+        }
+        result
+    }
+
+    fn work_until_done(&self) -> Result<()> {
+        let mut buffer = MmapMut::map_anon(CHUNK.max(self.rules.granule) as usize)
+            .map_err(|error| Error::new(Kind::Other, format!("no memory for a copy buffer: {error}")))?;
+        loop {
+            if self.job.gate() == Gate::Cancelled {
+                return Err(cancelled());
+            }
+            match self.next() {
+                Some(Found::Zero(claim)) => self.skip(claim, &buffer)?,
+                Some(Found::Data(claim)) => self.copy(claim, &mut buffer)?,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Claims the next run of one kind: a chunk of data, or any length of zeroes.
+    fn next(&self) -> Option<Found<'a>> {
+        let mut data = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut claim = self.tracker.claim_next(SCAN)?;
+        let granule = self.rules.granule;
+        let (first, holder) = claim.pieces()[0];
+        if holder == Holder::Source && !(data.offset..data.end()).contains(&first.offset) {
+            // Where the status can't be told, reading will tell what is wrong.
+            match self.ends.source.block_status(first) {
+                Ok(extent) if extent.allocation != Allocation::Data => {
+                    let zero = extent.range.length / granule * granule;
+                    let last = extent.range.end() == claim.range().end();
+                    if last || zero > 0 {
+                        claim.shrink(if last { extent.range.length } else { zero });
+                        return Some(Found::Zero(claim));
+                    }
+                    *data = extent.range;
+                }
+                Ok(extent) => *data = extent.range,
+                Err(_) => *data = first.prefix(granule),
+            }
+        }
+        let known = if holder == Holder::Source { data.end() } else { first.end() };
+        let length = (known - first.offset).next_multiple_of(granule).min(self.chunk());
+        claim.shrink(length.min(claim.range().length));
+        Some(Found::Data(claim))
+    }
+
+    /// Bytes to move at once, at the speed asked for now.
+    fn chunk(&self) -> u64 {
+        let granule = self.rules.granule;
+        let most = self.job.speed().map_or(CHUNK, |rate| CHUNK.min(rate / CHUNKS_PER_SECOND));
+        (most / granule * granule).max(granule)
+    }
+
+    /// A run that reads as zeroes on the source.
+    fn skip(&self, mut claim: Claim<'_>, zeroes: &MmapMut) -> Result<()> {
+        let range = claim.range();
+        claim.source_read();
+        if self.rules.hole.is_some() {
+            self.write_zeroes(range)?;
+        } else {
+            // The buffer may hold old data: zeroes are written from a fresh one, whose pages cost nothing.
+            let fresh = MmapMut::map_anon(zeroes.len()).map_err(|e| Error::io(Side::Target, "write", range, e))?;
+            let mut at = range;
+            while !at.is_empty() {
+                let piece = at.prefix(fresh.len() as u64);
+                self.write(&fresh[..piece.length as usize], piece)?;
+                at = ByteRange::between(piece.end(), range.end());
+            }
+        }
+        self.land(claim);
+        self.job.count_zero(range.length);
+        Ok(())
+    }
+
+    fn copy(&self, mut claim: Claim<'_>, buffer: &mut [u8]) -> Result<()> {
+        let range = claim.range();
+        let bytes = &mut buffer[..range.length as usize];
+        for (piece, holder) in claim.pieces() {
+            let at = (piece.offset - range.offset) as usize;
+            self.read(&mut bytes[at..at + piece.length as usize], piece, holder)?;
+        }
+        claim.source_read();
+        let (mut data, mut zero) = (0, 0);
+        let block = self.rules.hole.unwrap_or(range.length) as usize;
+        for (run, is_zero) in zero::runs(bytes, block) {
+            let at = ByteRange::new(range.offset + run.start as u64, run.len() as u64);
+            if is_zero && self.rules.hole.is_some() {
+                self.write_zeroes(at)?;
+                zero += at.length;
+            } else {
+                self.write(&bytes[run], at)?;
+                data += at.length;
+            }
+        }
+        self.land(claim);
+        self.job.charge(data);
+        self.job.count_data(data);
+        self.job.count_zero(zero);
+        Ok(())
+    }
+
+    /// The target has it; the overlay need not keep it.
+    fn land(&self, claim: Claim<'_>) {
+        let saved = claim.finish(true);
+        if let Some(overlay) = self.ends.overlay {
+            saved.into_iter().for_each(|range| overlay.drop_range(range));
+        }
+    }
+
+    fn read(&self, bytes: &mut [u8], range: ByteRange, holder: Holder) -> Result<()> {
+        let (side, policy) = match holder {
+            Holder::Source => (Side::Source, self.rules.on_source_error),
+            // What the overlay loses is lost: the source has moved on.
+            Holder::Overlay => (Side::Overlay, OnError::Report),
+        };
+        self.with_policy(side, "read", policy, range, |piece| {
+            let at = (piece.offset - range.offset) as usize;
+            let bytes = &mut bytes[at..at + piece.length as usize];
+            let result = match (holder, self.ends.overlay) {
+                (Holder::Overlay, Some(overlay)) => overlay.read_at(bytes, piece.offset),
+                _ => self.ends.source.read_at(bytes, piece.offset),
+            };
+            // What is ignored reads as zeroes, whatever a failed read has left in the buffer.
+            result.inspect_err(|_| bytes.fill(0))
+        })
+    }
+
+    fn write(&self, bytes: &[u8], range: ByteRange) -> Result<()> {
+        self.with_policy(Side::Target, "write", self.rules.on_target_error, range, |piece| {
+            let at = (piece.offset - range.offset) as usize;
+            self.ends.target.write_at(&bytes[at..at + piece.length as usize], piece.offset)
+        })
+    }
+
+    fn write_zeroes(&self, range: ByteRange) -> Result<()> {
+        if self.ends.target.properties().reads_zero {
+            return Ok(());
+        }
+        self.with_policy(Side::Target, "write zeroes to", self.rules.on_target_error, range, |piece| {
+            self.ends.target.write_zeroes(piece)
+        })
+    }
+
+    /// Does I/O on `range`, again while the policy says so. The one place that decides about a background error.
+    fn with_policy(
+        &self,
+        side: Side,
+        during: &'static str,
+        policy: OnError,
+        range: ByteRange,
+        mut io: impl FnMut(ByteRange) -> io::Result<()>,
+    ) -> Result<()> {
+        let salvage = SALVAGE.max(if side == Side::Target { self.rules.granule } else { 0 });
+        let mut left = range;
+        // Whole first; once it failed under `ignore`, bit by bit, to give up no more than is bad.
+        let mut step = range.length;
+        while !left.is_empty() {
+            let piece = left.prefix(step);
+            if let Err(error) = io(piece) {
+                let full = error.raw_os_error() == Some(nix::libc::ENOSPC);
+                let action = policy.action(full);
+                if action == Action::Ignore && step > salvage {
+                    step = salvage;
+                    continue;
+                }
+                let error = Error::io(side, during, piece, error);
+                self.job.count_error();
+                self.monitor.event(Event::Fault { error: &error, action });
+                match action {
+                    Action::Report => return Err(error),
+                    Action::Ignore => self.give_up(side, piece, &error),
+                    Action::Stop if self.job.stop_for_error() == Gate::Cancelled => return Err(cancelled()),
+                    Action::Stop => continue,
+                }
+            }
+            left = ByteRange::between(piece.end(), range.end());
+        }
+        Ok(())
+    }
+
+    fn give_up(&self, side: Side, range: ByteRange, error: &Error) {
+        let mut losses = self.losses.lock().unwrap_or_else(PoisonError::into_inner);
+        let (code, list, message) = match side {
+            Side::Target => ("skipped_range", &mut losses.skipped, format!("target range {range} was skipped")),
+            _ => ("unreadable_range", &mut losses.unreadable, format!("source range {range} was zero-filled")),
+        };
+        list.push(range);
+        drop(losses);
+        self.monitor.event(Event::Warning(&Warning { code, range: Some(range), errno: error.errno(), message }));
+    }
+}
+
+fn cancelled() -> Error {
+    Error::new(Kind::Cancelled, "cancelled")
+}
+
+/// Sorts ranges and joins neighbours.
+fn merge(ranges: &mut Vec<ByteRange>) {
+    ranges.sort_by_key(|range| range.offset);
+    ranges.dedup_by(|next, before| {
+        let adjacent = before.end() == next.offset;
+        if adjacent {
+            before.length += next.length;
+        }
+        adjacent
+    });
+}
