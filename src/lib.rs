@@ -22,5 +22,7 @@ pub mod error;
 pub mod ground;
 #[cfg(feature = "engine")]
 pub mod image;
+pub mod job;
+pub mod monitor;
 pub mod snapshot;
 mod sync;
