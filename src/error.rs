@@ -113,9 +113,11 @@ impl Error {
         self.place.as_ref()
     }
 
-    /// The system's error number, for an I/O error that has one.
+    /// The system's error number, for an I/O error that has one. A limit of our own that is reached is ENOSPC.
     pub fn errno(&self) -> Option<i32> {
-        self.source.as_ref().and_then(io::Error::raw_os_error)
+        let source = self.source.as_ref()?;
+        let full = || (source.kind() == io::ErrorKind::StorageFull).then_some(nix::libc::ENOSPC);
+        source.raw_os_error().or_else(full)
     }
 }
 

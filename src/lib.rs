@@ -11,7 +11,7 @@
 //! | 0 | [`ground`], `sync` | values only |
 //! | 1 | [`error`], `snapshot::copy_state` | |
 //! | 2 | `snapshot::tracker`, [`job`] | waits, does no I/O |
-//! | 3 | [`image`] | I/O |
+//! | 3 | [`image`], `snapshot::overlay` | I/O |
 //! | 4 | [`copier`] | the worker loop |
 //! | 5 | [`backup`] | wires everything, joins everything |
 //! | 6 | `cli` | flags, terminal, exit codes |

@@ -1,4 +1,6 @@
 //! Who holds each cluster as of the instant, and who may overwrite it.
 
 pub mod copy_state;
+#[cfg(feature = "engine")]
+pub mod overlay;
 pub mod tracker;
