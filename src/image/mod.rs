@@ -5,6 +5,7 @@ pub mod direct;
 pub(crate) mod fixture;
 mod holes;
 pub mod medium;
+pub mod qcow2;
 pub mod raw;
 mod sys;
 

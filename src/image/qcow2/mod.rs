@@ -1,0 +1,7 @@
+//! qcow2 images, by the format's specification: QEMU's `docs/interop/qcow2.rst`. "Section" below means a section there.
+//!
+//! A guest offset is looked up in two steps: the L1 table, which is in memory, names the host offset of an L2 table,
+//! and an L2 table's entry says where a cluster's bytes are. All numbers are big-endian. Whatever is read from the
+//! file is untrusted: it is checked where it is decoded, and nothing is allocated by a size that was not bounded.
+
+pub mod header;
