@@ -4,6 +4,7 @@ pub mod bitmap;
 pub mod cluster;
 pub mod policy;
 pub mod range;
+pub mod size;
 pub mod status;
 pub mod throttle;
 pub mod zero;
