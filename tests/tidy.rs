@@ -15,6 +15,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("job", 2),
     ("monitor", 2),
     ("snapshot", 3),
+    ("snapshot::preserve", 4),
     ("image", 3),
     ("ring", 3),
     ("ring::server", 4),

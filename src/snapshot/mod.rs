@@ -3,4 +3,6 @@
 pub mod copy_state;
 #[cfg(feature = "engine")]
 pub mod overlay;
+#[cfg(feature = "engine")]
+pub mod preserve;
 pub mod tracker;

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes: the file's length is a multiple of it, so that the block with the disk's last byte can be punched as well.
 const BLOCK: u64 = 64 << 10;
@@ -23,7 +23,6 @@ pub struct Overlay {
     limit: Option<u64>,
     used: AtomicU64,
     peak: AtomicU64,
-    keeps_dropped: AtomicBool,
 }
 
 /// How full an overlay is, in bytes of the disk.
@@ -63,8 +62,7 @@ impl Overlay {
     fn with_file(file: File, length: u64, limit: Option<u64>) -> io::Result<Self> {
         // Now, and not when a write is waiting: a file system may not have files that long.
         file.set_len(length.checked_next_multiple_of(BLOCK).unwrap_or(length))?;
-        let (used, peak, keeps_dropped) = Default::default();
-        Ok(Self { file, length, limit, used, peak, keeps_dropped })
+        Ok(Self { file, length, limit, used: AtomicU64::new(0), peak: AtomicU64::new(0) })
     }
 
     /// Writes all of `bytes` at byte `offset`, where nothing is saved yet. Blocks for one write to the page cache. On an
@@ -82,29 +80,20 @@ impl Overlay {
         })
     }
 
-    /// Fills `buf` from byte `offset`, where all is saved. Never short.
-    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.file.read_exact_at(buf, offset).map_err(|error| {
-            let range = ByteRange::new(offset, buf.len() as u64);
-            Error::io(Side::Overlay, "read", range, error)
-        })
+    /// Counts `range` as saved without writing it: its bytes are zero, and so is what was never written here.
+    pub fn save_zeroes(&self, range: ByteRange) -> Result<()> {
+        self.reserve(range.length).map_err(|error| Error::io(Side::Overlay, "write", range, error))
     }
 
-    /// `range`, saved before, is not needed any more: its space is freed. On a file system without holes it stays used.
-    pub fn drop_range(&self, range: ByteRange) -> Result<()> {
-        if range.is_empty() || self.keeps_dropped.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        match self.punch(range) {
-            Ok(()) => {
-                self.give_back(range.length);
-                Ok(())
-            }
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-                self.keeps_dropped.store(true, Ordering::Relaxed);
-                Ok(())
-            }
-            Err(error) => Err(Error::io(Side::Overlay, "punch", range, error.into())),
+    /// Fills `buf` from byte `offset`, where all is saved. Never short. The caller adds side and range to an error.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    /// `range`, saved before, is not needed any more: its space is freed. Where it can't be, it stays used.
+    pub fn drop_range(&self, range: ByteRange) {
+        if !range.is_empty() && self.punch(range).is_ok() {
+            self.give_back(range.length);
         }
     }
 

@@ -1,6 +1,6 @@
 use super::*;
+use crate::image::fixture::Mount;
 use std::os::unix::fs::MetadataExt;
-use std::process::Command;
 use std::sync::Barrier;
 use std::thread;
 
@@ -13,28 +13,6 @@ fn allocated(overlay: &Overlay) -> u64 {
 
 fn enospc() -> Option<i32> {
     Some(Errno::NOSPC.raw_os_error())
-}
-
-/// A file system of `bytes` that is unmounted in the end.
-struct Tmpfs(tempfile::TempDir);
-
-impl Tmpfs {
-    fn new(bytes: u64) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={bytes},huge=never"), "tmpfs"])
-            .arg(dir.path())
-            .status()
-            .expect("mount, as root");
-        assert!(mounted.success(), "mount -t tmpfs, as root");
-        Self(dir)
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        assert!(Command::new("umount").arg(self.0.path()).status().unwrap().success());
-    }
 }
 
 #[test]
@@ -80,12 +58,25 @@ fn dropped_space_is_freed() {
         // Allocated at write-back on some file systems.
         overlay.file.sync_all().unwrap();
         assert!(allocated(&overlay) >= 4 * MIB);
-        overlay.drop_range(ByteRange::new(2 * MIB, 3 * MIB)).unwrap();
+        overlay.drop_range(ByteRange::new(2 * MIB, 3 * MIB));
         assert!(allocated(&overlay) < 2 * MIB);
         assert_eq!(overlay.usage(), Usage { used: MIB, peak: 4 * MIB, limit: None });
-        overlay.drop_range(ByteRange::new(MIB, MIB)).unwrap();
+        overlay.drop_range(ByteRange::new(MIB, MIB));
         assert_eq!((allocated(&overlay), overlay.usage().used), (0, 0));
     }
+}
+
+#[test]
+fn zeroes_count_but_take_no_space() {
+    let overlay = Overlay::in_memory(MIB, Some(8192)).unwrap();
+    overlay.save_zeroes(ByteRange::new(0, 8192)).unwrap();
+    assert_eq!((allocated(&overlay), overlay.usage().used), (0, 8192));
+    assert_eq!(overlay.save_zeroes(ByteRange::new(8192, 1)).unwrap_err().errno(), enospc());
+    let mut bytes = [1; 8192];
+    overlay.read_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [0; 8192]);
+    overlay.drop_range(ByteRange::new(0, 8192));
+    assert_eq!(overlay.usage().used, 0);
 }
 
 #[test]
@@ -94,7 +85,7 @@ fn last_block_of_a_disk_that_no_block_divides_is_freed() {
     let overlay = Overlay::in_memory(length, None).unwrap();
     overlay.save(&[5], MIB).unwrap();
     assert!(allocated(&overlay) > 0);
-    overlay.drop_range(ByteRange::new(MIB, 1)).unwrap();
+    overlay.drop_range(ByteRange::new(MIB, 1));
     assert_eq!((allocated(&overlay), overlay.usage().used), (0, 0));
 }
 
@@ -109,7 +100,7 @@ fn limit_is_exact_and_reported_as_no_space() {
     assert_eq!(error.to_string(), "write overlay at 0x1000+1: overlay limit of 8192 bytes reached (8192 used)");
     assert_eq!((error.kind(), error.errno()), (Kind::InstantLost, enospc()));
     assert_eq!(overlay.usage(), Usage { used: 8192, peak: 8192, limit: Some(8192) });
-    overlay.drop_range(ByteRange::new(0, 4096)).unwrap();
+    overlay.drop_range(ByteRange::new(0, 4096));
     overlay.save(&[1; CLUSTER], 4096).unwrap();
 }
 
@@ -137,8 +128,8 @@ fn racing_threads_never_exceed_the_limit_together() {
 
 #[test]
 fn full_file_system_is_reported_and_nothing_of_the_save_is_kept() {
-    let tmpfs = Tmpfs::new(MIB);
-    let overlay = Overlay::in_folder(tmpfs.0.path(), 16 * MIB, None).unwrap();
+    let tmpfs = Mount::tmpfs(MIB);
+    let overlay = Overlay::in_folder(tmpfs.path(), 16 * MIB, None).unwrap();
     overlay.save(&vec![1; MIB as usize / 2], 0).unwrap();
     let error = overlay.save(&vec![2; MIB as usize], 4 * MIB).unwrap_err();
     assert_eq!(error.to_string(), "write overlay at 0x400000+1048576: No space left on device");
@@ -169,6 +160,6 @@ fn disk_too_long_for_the_file_system_is_refused_at_once() {
 fn empty_disk_has_an_empty_overlay() {
     let overlay = Overlay::in_memory(0, Some(0)).unwrap();
     overlay.save(&[], 0).unwrap();
-    overlay.drop_range(ByteRange::new(0, 0)).unwrap();
+    overlay.drop_range(ByteRange::new(0, 0));
     assert_eq!(overlay.usage(), Usage { used: 0, peak: 0, limit: Some(0) });
 }

@@ -1,0 +1,79 @@
+//! What a trapped write sets going: the clusters that it touches are read from the source into the overlay.
+
+use crate::error::{Error, Kind, Result, Side};
+use crate::ground::range::ByteRange;
+use crate::ground::zero::is_zero;
+use crate::image::Image;
+use crate::snapshot::overlay::Overlay;
+use crate::snapshot::tracker::{Granted, Tracker};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Shared by all preserving threads.
+pub struct Preserver {
+    tracker: Arc<Tracker>,
+    source: Arc<dyn Image>,
+    overlay: Arc<Overlay>,
+    /// One for each thread that ever captured at the same time: a capture should not wait for fresh pages.
+    buffers: Mutex<Vec<Vec<u8>>>,
+}
+
+/// The end of a trapped write's wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preserved {
+    /// What the write got.
+    pub granted: Granted,
+    /// Bytes that were read and saved for it: for the budget of the job, which never delays them.
+    pub captured: u64,
+}
+
+impl Preserver {
+    /// `source` and `overlay` have the length of the disk that `tracker` tracks.
+    pub fn new(tracker: Arc<Tracker>, source: Arc<dyn Image>, overlay: Arc<Overlay>) -> Self {
+        Self { tracker, source, overlay, buffers: Mutex::default() }
+    }
+
+    /// Whose clusters are preserved.
+    pub fn tracker(&self) -> &Arc<Tracker> {
+        &self.tracker
+    }
+
+    /// A write to `range` is waiting. Blocks until no one reads the source there: for the reads of the source that are
+    /// under way there and for its own into the overlay, never for the target.
+    ///
+    /// An error says why the range can't be preserved, with the errno that the write should fail with if it is to fail;
+    /// its kind is [`Kind::InstantLost`]. Everything is as it was: either the write does not happen, or the caller gives
+    /// the instant up ([`Tracker::stop`]) before it answers the writer.
+    pub fn before_write(&self, range: ByteRange) -> Result<Preserved> {
+        let mut captured = 0;
+        let granted = self.tracker.before_write(range, |run| {
+            let mut buffer = self.take_buffer();
+            buffer.resize(buffer.len().max(run.length as usize), 0);
+            let saved = self.capture(run, &mut buffer[..run.length as usize]);
+            self.give_buffer(buffer);
+            captured += run.length;
+            saved
+        });
+        let granted = granted.map_err(|error| error.with_kind(Kind::InstantLost))?;
+        let usage = self.overlay.usage();
+        if captured > 0 && usage.limit.is_some() {
+            self.tracker.set_overlay_first(usage.past_half());
+        }
+        Ok(Preserved { granted, captured })
+    }
+
+    fn capture(&self, run: ByteRange, bytes: &mut [u8]) -> Result<()> {
+        self.source.read_at(bytes, run.offset).map_err(|error| Error::io(Side::Source, "read", run, error))?;
+        if is_zero(bytes) { self.overlay.save_zeroes(run) } else { self.overlay.save(bytes, run.offset) }
+    }
+
+    fn take_buffer(&self) -> Vec<u8> {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    fn give_buffer(&self, buffer: Vec<u8>) {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+    }
+}
+
+#[cfg(test)]
+mod tests;
