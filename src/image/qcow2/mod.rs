@@ -4,4 +4,15 @@
 //! and an L2 table's entry says where a cluster's bytes are. All numbers are big-endian. Whatever is read from the
 //! file is untrusted: it is checked where it is decoded, and nothing is allocated by a size that was not bounded.
 
+mod bump;
+mod compress;
+mod create;
+mod finish;
 pub mod header;
+mod run_map;
+
+pub use compress::CompressOptions;
+pub use create::{CreateOptions, NewQcow2};
+
+#[cfg(test)]
+mod fixture;
