@@ -106,3 +106,70 @@ impl Bitmap {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn naive_runs(bits: &[bool], within: Clusters, wanted: bool) -> Vec<Clusters> {
+        let mut runs: Vec<Clusters> = Vec::new();
+        for bit in within.filter(|&bit| bits[bit as usize] == wanted) {
+            match runs.last_mut() {
+                Some(run) if run.end == bit => run.end += 1,
+                _ => runs.push(bit..bit + 1),
+            }
+        }
+        runs
+    }
+
+    /// Three cuts into `len` bits, in order.
+    fn cuts(len: u64) -> impl Strategy<Value = [u64; 3]> {
+        [0..=len, 0..=len, 0..=len].prop_map(|mut cuts| {
+            cuts.sort_unstable();
+            cuts
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 5 } else { 500 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
+        #[test]
+        fn bitmap_agrees_with_a_vec_of_bool(
+            (len, changes, asked) in (0..400u64).prop_flat_map(|len| {
+                (Just(len), prop::collection::vec((cuts(len), any::<bool>()), 0..12), cuts(len))
+            }),
+        ) {
+            let mut bitmap = Bitmap::new(len);
+            let mut naive = vec![false; len as usize];
+            for ([start, end, _], value) in changes {
+                if value { bitmap.set(start..end) } else { bitmap.clear(start..end) }
+                naive[start as usize..end as usize].fill(value);
+            }
+            prop_assert_eq!(bitmap.len(), len);
+            prop_assert_eq!(bitmap.is_empty(), len == 0);
+            prop_assert_eq!(bitmap.count_ones(), naive.iter().filter(|&&bit| bit).count() as u64);
+            prop_assert!((0..len).all(|bit| bitmap.get(bit) == naive[bit as usize]));
+            let [from, _, end] = asked;
+            let find = |wanted: bool| (from..end).find(|&bit| naive[bit as usize] == wanted);
+            prop_assert_eq!(bitmap.next_set(from, end), find(true));
+            prop_assert_eq!(bitmap.next_clear(from, end), find(false));
+            prop_assert_eq!(bitmap.runs(from..end).collect::<Vec<_>>(), naive_runs(&naive, from..end, true));
+            prop_assert_eq!(bitmap.clear_runs(from..end).collect::<Vec<_>>(), naive_runs(&naive, from..end, false));
+        }
+    }
+
+    #[test]
+    fn search_past_the_end_finds_nothing() {
+        let mut bitmap = Bitmap::new(65);
+        bitmap.set(0..65);
+        assert_eq!(bitmap.next_set(64, u64::MAX), Some(64));
+        assert_eq!(bitmap.next_set(65, u64::MAX), None);
+        assert_eq!(bitmap.next_clear(0, u64::MAX), None);
+        assert_eq!(bitmap.next_set(u64::MAX, u64::MAX), None);
+    }
+}

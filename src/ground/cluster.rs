@@ -56,3 +56,73 @@ impl ClusterSize {
         ByteRange::between(offset, end.max(offset))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn clusters_grow_with_the_device_from_4_to_64_kib() {
+        const GIB: u64 = 1 << 30;
+        let sizes = [
+            (0, 4),
+            (1, 4),
+            (256 * GIB, 4),
+            (256 * GIB + 1, 8),
+            (512 * GIB, 8),
+            (512 * GIB + 1, 16),
+            (2048 * GIB, 32),
+            (2048 * GIB + 1, 64),
+            (4096 * GIB, 64),
+            (16384 * GIB, 64),
+            (u64::MAX, 64),
+        ];
+        for (length, kib) in sizes {
+            assert_eq!(ClusterSize::for_device(length).bytes(), kib << 10, "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn bitmap_is_8_mib_at_most_up_to_4_tib() {
+        for tib in [1, 2, 3, 4] {
+            let length = tib << 40;
+            assert!(ClusterSize::for_device(length).count(length) <= 8 << 23);
+        }
+    }
+
+    #[test]
+    fn largest_ranges_do_not_overflow() {
+        let size = ClusterSize::new(1 << 16);
+        let all = ByteRange::new(0, u64::MAX);
+        assert_eq!(size.count(u64::MAX), 1 << 48);
+        assert_eq!(size.covering(all), 0..1 << 48);
+        assert_eq!(size.bytes_of(0..1 << 48, u64::MAX), all);
+        assert_eq!(size.covering(ByteRange::new(u64::MAX, 0)), (1 << 48) - 1..(1 << 48) - 1);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 5 } else { 500 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
+        #[test]
+        fn covering_is_every_cluster_with_a_byte_of_the_range(bits in 0..6u32, offset in 0..300u64, length in 0..300u64) {
+            let size = ClusterSize::new(1 << bits);
+            let range = ByteRange::new(offset, length);
+            let naive: Vec<u64> = (0..600).filter(|c| (offset..range.end()).any(|byte| byte >> bits == *c)).collect();
+            prop_assert_eq!(size.covering(range).collect::<Vec<_>>(), naive);
+        }
+
+        #[test]
+        fn bytes_of_clusters_end_with_the_device(bits in 0..6u32, length in 0..300u64, first in 0..40u64, count in 0..40u64) {
+            let size = ClusterSize::new(1 << bits);
+            let range = size.bytes_of(first..first + count, length);
+            let naive = (0..length).filter(|byte| (first..first + count).contains(&(byte >> bits)));
+            prop_assert_eq!((range.offset..range.end()).collect::<Vec<_>>(), naive.collect::<Vec<_>>());
+            prop_assert_eq!(size.count(length), (0..length).map(|byte| (byte >> bits) + 1).max().unwrap_or(0));
+        }
+    }
+}

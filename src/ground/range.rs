@@ -105,3 +105,44 @@ impl Extent {
         Self { range, allocation: Allocation::Unallocated }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn bytes(range: ByteRange) -> BTreeSet<u64> {
+        (range.offset..range.end()).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 5 } else { 500 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
+        #[test]
+        fn ranges_agree_with_sets_of_bytes(a in 0..50u64, b in 0..50u64, c in 0..50u64, d in 0..50u64) {
+            let (left, right) = (ByteRange::new(a, b), ByteRange::new(c, d));
+            let both: BTreeSet<u64> = bytes(left).intersection(&bytes(right)).copied().collect();
+            prop_assert_eq!(bytes(left.intersect(right)), both);
+            prop_assert_eq!(bytes(left.prefix(c)), bytes(left).into_iter().take(c as usize).collect());
+            prop_assert_eq!(left.is_empty(), bytes(left).is_empty());
+            prop_assert_eq!(ByteRange::between(left.offset, left.end()), left);
+        }
+
+        #[test]
+        fn untrusted_numbers_never_overflow(offset: u64, length: u64) {
+            let fits = u128::from(offset) + u128::from(length) <= u128::from(u64::MAX);
+            prop_assert_eq!(ByteRange::checked(offset, length), fits.then_some(ByteRange { offset, length }));
+        }
+    }
+
+    #[test]
+    fn range_is_shown_as_hex_offset_and_length() {
+        assert_eq!(ByteRange::new(0x40000, 65536).to_string(), "0x40000+65536");
+        assert_eq!(format!("{:?}", ByteRange::new(0, 0)), "0x0+0");
+    }
+}

@@ -385,3 +385,6 @@ impl CopyState {
         self.dirty.next_clear(first, end).is_none() && self.saved.next_set(first, end).is_some()
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests;
