@@ -1,8 +1,9 @@
 //! Loop devices and mounted file systems for tests; root only. Torn down when dropped.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 /// Runs `program` to its end and gives its stdout without the last newline; panics with its stderr when it fails.
 pub fn run(program: &str, arguments: &[&str]) -> String {
@@ -91,5 +92,35 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         run("umount", &[text(self.folder.path())]);
+    }
+}
+
+/// A qemu-io that has a raw image open, and its locks, until it is dropped.
+pub struct QemuIo {
+    child: Child,
+}
+
+impl QemuIo {
+    /// Returns once the image is open.
+    pub fn open(path: &Path, arguments: &[&str]) -> Self {
+        let mut command = Command::new("qemu-io");
+        command.args(arguments).args(["-f", "raw"]).arg(path).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("qemu-io");
+        writeln!(child.stdin.as_mut().unwrap(), "length").unwrap();
+        let mut answer = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut answer).unwrap();
+        assert!(!answer.is_empty(), "qemu-io did not open {}", path.display());
+        Self { child }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for QemuIo {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

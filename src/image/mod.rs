@@ -4,6 +4,7 @@ pub mod direct;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod holes;
+pub mod lock;
 pub mod medium;
 pub mod qcow2;
 pub mod raw;
