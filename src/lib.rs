@@ -24,5 +24,7 @@ pub mod ground;
 pub mod image;
 pub mod job;
 pub mod monitor;
+#[cfg(feature = "engine")]
+pub mod publish;
 pub mod snapshot;
 mod sync;

@@ -357,10 +357,11 @@ mod tests {
         assert!(mark(&first, Mark::Shared).unwrap());
         assert!(mark(&open(&path), Mark::Shared).unwrap());
         assert!(!mark(&open(&path), Mark::Exclusive).unwrap());
-        drop(first);
-        let own = open(&path);
+        let other = folder.path().join("other");
+        sparse_file(&other, 1);
+        let own = open(&other);
         assert!(mark(&own, Mark::Exclusive).unwrap());
-        assert!(!mark(&open(&path), Mark::Shared).unwrap());
+        assert!(!mark(&open(&other), Mark::Shared).unwrap());
     }
 
     #[test]
