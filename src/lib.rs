@@ -26,5 +26,6 @@ pub mod job;
 pub mod monitor;
 #[cfg(feature = "engine")]
 pub mod publish;
+pub mod ring;
 pub mod snapshot;
 mod sync;
