@@ -403,5 +403,4 @@ impl Places {
 }
 
 #[cfg(test)]
-#[path = "queue_tests.rs"]
 mod tests;
