@@ -1,11 +1,15 @@
 //! The two ends of a copy: one trait, and a file for each kind of end.
 
+pub mod chain;
 pub mod direct;
 #[cfg(test)]
 pub(crate) mod fixture;
+pub mod format;
 mod holes;
 pub mod lock;
 pub mod medium;
+pub mod open;
+pub mod probe;
 pub mod qcow2;
 pub mod raw;
 mod sys;

@@ -8,7 +8,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Clusters of 512 bytes to 2 MiB; the upper bound is QEMU's.
 pub const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
-/// The first cluster holds header, extensions and backing file name; so many bytes hold it, whatever its size.
+/// Bytes of the largest cluster. The first one holds header, extensions and backing file name.
 pub const LARGEST_CLUSTER: usize = 1 << 21;
 /// Subclusters are 512 bytes at least, and there are 32 of them.
 pub const EXTENDED_L2_CLUSTER_BITS: u32 = 14;
@@ -154,6 +154,11 @@ impl Header {
         Ok(header)
     }
 
+    /// Bytes of the first cluster, by the file's first [`V2_LENGTH`] bytes or more.
+    pub fn first_cluster_size(start: &[u8]) -> io::Result<u64> {
+        Ok(Self::parse_v2(start)?.cluster_size())
+    }
+
     /// Bytes of a cluster.
     pub const fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
@@ -177,6 +182,11 @@ impl Header {
     /// Guest bytes that one L2 table describes.
     pub const fn l2_coverage(&self) -> u64 {
         self.l2_entries() << self.cluster_bits
+    }
+
+    /// Entries of the L1 table that the virtual size needs.
+    pub const fn l1_needed(&self) -> u64 {
+        self.size.div_ceil(self.l2_coverage())
     }
 
     /// The first 72 bytes, which are the same in both versions.
@@ -341,7 +351,7 @@ impl Header {
         if l1_bytes > L1_LIMIT {
             return Err(invalid(format!("the L1 table has {} entries, which is more than 32 MiB", self.l1_size)));
         }
-        let needed = self.size.div_ceil(self.l2_coverage());
+        let needed = self.l1_needed();
         if needed > u64::from(self.l1_size) {
             return Err(invalid(format!(
                 "the L1 table has {} entries, but a virtual size of {} bytes needs {needed}",

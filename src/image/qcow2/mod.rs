@@ -4,15 +4,23 @@
 //! and an L2 table's entry says where a cluster's bytes are. All numbers are big-endian. Whatever is read from the
 //! file is untrusted: it is checked where it is decoded, and nothing is allocated by a size that was not bounded.
 
+mod batch;
 mod bump;
+mod cache;
 mod compress;
 mod create;
+mod decompress;
 mod finish;
 pub mod header;
+mod map;
+mod reader;
 mod run_map;
+pub mod table;
 
+pub use cache::Cache;
 pub use compress::CompressOptions;
 pub use create::{CreateOptions, NewQcow2};
+pub use reader::Qcow2;
 
 #[cfg(test)]
 mod fixture;

@@ -1,0 +1,237 @@
+//! Opens a source with all the files that it is made of. Here a [`Format`] is matched, and nowhere else.
+
+use super::Image;
+use super::chain::Chain;
+use super::format::Format;
+use super::probe::{self, probe};
+use super::qcow2::header::{Header, incompatible};
+use super::qcow2::{Cache, Qcow2};
+use super::raw::Raw;
+use crate::error::{Error, Kind, Result, Side};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Images in a backing chain. Loops are found otherwise; this bounds what a hostile chain may open.
+const CHAIN_LIMIT: usize = 256;
+/// Bytes of the L1 tables of a whole chain.
+const L1_TABLES_LIMIT: u64 = 64 << 20;
+
+/// How to open a source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceOptions {
+    /// The format of the image itself; `None` looks at its first bytes. An image given as raw is raw, whatever it holds.
+    pub format: Option<Format>,
+    /// A backing file is allowed; else an image that has one is refused.
+    pub backing: bool,
+    /// Read past the page cache.
+    pub direct: bool,
+}
+
+/// What a file is to the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The image that was asked for.
+    Image,
+    /// A backing file.
+    Backing,
+    /// An external data file.
+    Data,
+}
+
+/// A file of the source: to be locked, and to be watched for changes.
+#[derive(Clone, Debug)]
+pub struct SourceFile {
+    /// As it was opened.
+    pub path: PathBuf,
+    /// What it is to the source.
+    pub role: Role,
+    /// The file.
+    pub raw: Arc<Raw>,
+}
+
+/// An open source.
+pub struct Source {
+    /// The disk as its guest sees it; nothing of it is unallocated.
+    pub image: Arc<dyn Image>,
+    /// Of the image that was asked for.
+    pub format: Format,
+    /// Bytes of the disk.
+    pub virtual_size: u64,
+    /// Every file that it is made of, the image itself first.
+    pub files: Vec<SourceFile>,
+    /// What its user should know: full lines.
+    pub warnings: Vec<String>,
+}
+
+/// Opens the image at `path` with its backing chain and external data files, for reading.
+///
+/// Blocks. Errors are of [`Kind::Source`] and name the file, and the image that names it. Only the image itself is
+/// probed: a backing file without a recorded format is raw.
+pub fn open_source(path: &Path, options: &SourceOptions) -> Result<Source> {
+    let mut opening = Opening { options, files: Vec::new(), warnings: Vec::new(), cache: Cache::default(), l1_size: 0 };
+    let first = opening.file(path, Role::Image)?;
+    let format = match options.format {
+        Some(format) => format,
+        None => opening.probe(path, &first)?,
+    };
+    let image = match format {
+        Format::Raw => first,
+        Format::Qcow2 => Arc::new(Chain::new(opening.chain(path, first)?)),
+    };
+    let Opening { files, warnings, .. } = opening;
+    Ok(Source { virtual_size: image.length(), image, format, files, warnings })
+}
+
+struct Opening<'a> {
+    options: &'a SourceOptions,
+    files: Vec<SourceFile>,
+    warnings: Vec<String>,
+    cache: Cache,
+    /// Bytes of all L1 tables so far.
+    l1_size: u64,
+}
+
+/// A backing file to be opened.
+struct Link {
+    path: PathBuf,
+    format: Format,
+    named_by: PathBuf,
+}
+
+impl Opening<'_> {
+    fn file(&mut self, path: &Path, role: Role) -> Result<Arc<dyn Image>> {
+        let mut raw = Raw::open(path, Side::Source)?;
+        if self.options.direct {
+            raw = raw.with_direct().map_err(|e| Error::file(Side::Source, "open", path, e))?;
+        }
+        let raw = Arc::new(raw);
+        if self.files.iter().any(|file| identity(&file.raw).is_some_and(|id| Some(id) == identity(&raw))) {
+            return Err(refusal(format!("'{}' is in the chain already: it is a loop", path.display())));
+        }
+        self.files.push(SourceFile { path: path.to_owned(), role, raw: raw.clone() });
+        Ok(raw)
+    }
+
+    fn probe(&mut self, path: &Path, file: &Arc<dyn Image>) -> Result<Format> {
+        let mut start = vec![0; file.length().min(probe::LENGTH as u64) as usize];
+        file.read_at(&mut start, 0).map_err(|e| Error::file(Side::Source, "read", path, e))?;
+        let found = probe(&start);
+        if let Some(name) = found.foreign {
+            let path = path.display();
+            self.warnings.push(format!("'{path}' looks like {name}, which is not supported: copied as it is, as raw"));
+        }
+        Ok(found.format)
+    }
+
+    /// The layers of the qcow2 image `file` at `path`, the top one first.
+    fn chain(&mut self, path: &Path, file: Arc<dyn Image>) -> Result<Vec<Arc<dyn Image>>> {
+        let (top, mut link) = self.layer(path, file, 0)?;
+        let mut layers = vec![top];
+        while let Some(Link { path, format, named_by }) = link.take() {
+            let within = |error| within("backing file", &named_by, error);
+            if layers.len() == CHAIN_LIMIT {
+                return Err(within(refusal(format!("the chain has more than {CHAIN_LIMIT} images"))));
+            }
+            let mut layer = self.file(&path, Role::Backing).map_err(within)?;
+            if format == Format::Qcow2 {
+                (layer, link) = self.layer(&path, layer, layers.len() as u32).map_err(within)?;
+            }
+            layers.push(layer);
+        }
+        Ok(layers)
+    }
+
+    /// One qcow2 image, with its external data file, and the backing file that it names.
+    fn layer(&mut self, path: &Path, file: Arc<dyn Image>, index: u32) -> Result<(Arc<dyn Image>, Option<Link>)> {
+        let wrong = |e| Error::file(Side::Source, "open", path, e);
+        let header = Qcow2::header_of(&*file).map_err(wrong)?;
+        self.l1_size += header.l1_needed() * 8;
+        if self.l1_size > L1_TABLES_LIMIT {
+            let limit = L1_TABLES_LIMIT >> 20;
+            return Err(refusal(format!("open source '{}': the L1 tables take more than {limit} MiB", path.display())));
+        }
+        if header.has(incompatible::CORRUPT) {
+            self.warnings.push(format!("'{}' is marked corrupt: what it holds may be wrong", path.display()));
+        }
+        let link = self.link(path, &header)?;
+        let data = self.data_file(path, &header)?;
+        let image = Qcow2::open(file, header, data, self.cache.layer(index)).map_err(wrong)?;
+        Ok((Arc::new(image), link))
+    }
+
+    fn data_file(&mut self, path: &Path, header: &Header) -> Result<Option<Arc<dyn Image>>> {
+        if !header.has(incompatible::DATA_FILE) {
+            return Ok(None);
+        }
+        let within = |error| within("external data file", path, error);
+        let name = header.data_file.as_deref().ok_or_else(|| within(refusal("its name is not recorded")))?;
+        let data = named_path(path, name).map_err(within)?;
+        self.file(&data, Role::Data).map(Some).map_err(within)
+    }
+
+    fn link(&mut self, path: &Path, header: &Header) -> Result<Option<Link>> {
+        let Some(backing) = &header.backing else { return Ok(None) };
+        let within = |error| within("backing file", path, error);
+        let name = printable(&backing.name.display().to_string());
+        if !self.options.backing {
+            return Err(refusal(format!(
+                "source '{}' has a backing file, '{name}', which was ruled out",
+                path.display()
+            )));
+        }
+        let format = match &backing.format {
+            Some(format) => format.parse().map_err(|e: Error| within(refusal(format!("'{name}': {e}"))))?,
+            None => {
+                let path = path.display();
+                self.warnings.push(format!(
+                    "'{path}' does not record the format of its backing file '{name}', which is therefore read as raw"
+                ));
+                Format::Raw
+            }
+        };
+        let target = named_path(path, &backing.name).map_err(within)?;
+        Ok(Some(Link { path: target, format, named_by: path.to_owned() }))
+    }
+}
+
+/// `error` came of a file that the image at `path` names.
+fn within(role: &str, path: &Path, error: Error) -> Error {
+    Error::new(error.kind(), printable(&format!("{role} of '{}': {error}", path.display())))
+}
+
+/// Names come from untrusted files and go to terminals.
+fn printable(text: &str) -> String {
+    text.replace(char::is_control, "?")
+}
+
+fn refusal(what: impl Into<String>) -> Error {
+    Error::new(Kind::Source, what)
+}
+
+/// What makes two files one: device and inode, or the device that a device file stands for.
+fn identity(raw: &Raw) -> Option<(u64, u64)> {
+    let metadata = raw.file()?.metadata().ok()?;
+    match metadata.file_type().is_block_device() {
+        true => Some((metadata.rdev(), u64::MAX)),
+        false => Some((metadata.dev(), metadata.ino())),
+    }
+}
+
+/// The path of what the image at `path` names: relative to the image's folder. `file:` may come before it; other
+/// protocols, a colon before the first slash, are refused, and so are descriptions in JSON.
+fn named_path(path: &Path, name: &OsStr) -> Result<PathBuf> {
+    let bytes = name.as_bytes();
+    let local = bytes.strip_prefix(b"file:").unwrap_or(bytes);
+    let first = local.split(|byte| *byte == b'/').next().unwrap_or_default();
+    if local.is_empty() || first.contains(&b':') {
+        return Err(refusal(format!("'{}' is not the name of a file here", name.display())));
+    }
+    let local = Path::new(OsStr::from_bytes(local));
+    Ok(path.parent().unwrap_or(Path::new("")).join(local))
+}
+
+#[cfg(test)]
+mod tests;
