@@ -16,6 +16,8 @@
 //! | 5 | [`backup`] | wires everything, joins everything |
 //! | 6 | `cli` | flags, terminal, exit codes |
 
+#[cfg(feature = "engine")]
+pub mod backup;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod error;

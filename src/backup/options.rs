@@ -2,7 +2,7 @@
 
 use crate::ground::policy::OnError;
 use crate::image::format::Format;
-use crate::image::qcow2::Compression;
+use crate::image::qcow2::CompressOptions;
 use std::path::PathBuf;
 
 /// QEMU's NewImageMode.
@@ -41,7 +41,7 @@ pub struct Options {
     /// Bytes, of a new qcow2; `None`: 64 KiB.
     pub cluster_size: Option<u64>,
     /// Of a new qcow2.
-    pub compression: Option<Compression>,
+    pub compression: Option<CompressOptions>,
     /// Runs of zero bytes become holes.
     pub sparse: bool,
     /// Bypass the page cache.

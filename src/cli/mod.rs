@@ -1,1 +1,109 @@
 //! Flags, terminal, exit codes.
+
+mod args;
+mod exit;
+mod json;
+mod keys;
+pub mod manual;
+mod progress;
+mod records;
+mod resolve;
+mod session;
+mod signals;
+mod stream;
+mod sys;
+mod usage;
+mod watch;
+
+use crate::backup::{Failure, Options, Summary};
+use crate::job::Job;
+use crate::monitor::Monitor;
+use anyhow::Context;
+use args::Args;
+use clap::Parser;
+use resolve::{JsonEnd, View};
+use session::{Ends, Session};
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::sync::Arc;
+use stream::Stream;
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Ending {
+    code: u8,
+    /// What ended it, to be raised again.
+    signal: Option<i32>,
+    /// A thread hangs in an I/O call for ever.
+    abandoned: bool,
+}
+
+impl Ending {
+    const fn with_code(code: u8) -> Self {
+        Self { code, signal: None, abandoned: false }
+    }
+
+    /// Ends the process: by the signal that ended the run, if one did, so that shells see it.
+    pub fn exit(self) -> ! {
+        if self.abandoned {
+            sys::leave_open_files_behind();
+        }
+        if let Some(signal) = self.signal {
+            signals::die_of(signal);
+        }
+        std::process::exit(self.code.into())
+    }
+}
+
+/// The whole command: reads the arguments, runs `engine` (that is `backup::run`), shows what it does. Returns in bounded
+/// time after a signal, whatever the engine does.
+pub fn run<E>(engine: E) -> Ending
+where
+    E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
+{
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    run_with(&arguments, engine).unwrap_or_else(|error| {
+        // The threads that write could not be started; that is all that is left.
+        let _ = writeln!(io::stderr(), "drive-backup: {error:#}");
+        Ending::with_code(exit::OTHER)
+    })
+}
+
+fn run_with<E>(arguments: &[OsString], engine: E) -> anyhow::Result<Ending>
+where
+    E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
+{
+    let args = match Args::try_parse_from(arguments) {
+        Ok(args) => args,
+        Err(shown) if !shown.use_stderr() => {
+            // A reader who closed early (`--help | head -1`) has what he wanted.
+            let _ = shown.print();
+            return Ok(Ending::with_code(exit::COMPLETE));
+        }
+        Err(error) => return refuse(arguments, usage::error_of(&error)),
+    };
+    let plan = match resolve::plan(args) {
+        Ok(plan) => plan,
+        Err(error) => return refuse(arguments, error),
+    };
+    let target = resolve::target_name(&plan.options.target);
+    let session = Session::start(plan.view, plan.speed, target, ends(plan.view)?)?;
+    session.own_process(plan.speed)?;
+    Ok(session.run(plan.options, engine))
+}
+
+fn refuse(arguments: &[OsString], error: crate::error::Error) -> anyhow::Result<Ending> {
+    let view = usage::view(arguments);
+    Ok(Session::start(view, None, String::new(), ends(view)?)?.refuse(error))
+}
+
+fn ends(view: View) -> anyhow::Result<Ends> {
+    let out = || Stream::duplicate(io::stdout()).context("duplicate standard output");
+    let err = || Stream::duplicate(io::stderr()).context("duplicate standard error");
+    Ok(match view.json {
+        None => Ends { json: None, people: Box::new(err()?) },
+        Some(JsonEnd::Stdout) => Ends { json: Some(Box::new(out()?)), people: Box::new(err()?) },
+        Some(JsonEnd::Stderr) => Ends { json: Some(Box::new(err()?)), people: Box::new(io::sink()) },
+    })
+}

@@ -1,0 +1,295 @@
+//! The one definition of the flags: parser, help, man page and completions come from it.
+
+use crate::ground::size::{NotASize, parse_rate, parse_size};
+use crate::image::qcow2::header::Compression;
+use clap::builder::ArgPredicate;
+use clap::{ArgAction, Parser, ValueEnum, ValueHint};
+use std::path::PathBuf;
+use std::time::Duration;
+
+const COPY: &str = "What to copy";
+const TARGET: &str = "Where to";
+const PACE: &str = "How";
+const FAILURE: &str = "When something fails";
+const SIGHT: &str = "What you see";
+
+/// Point-in-time backup of a disk image or block device
+///
+/// Copies a disk image (raw, qcow2) or a block device to a file, a block device or standard output, whole, sparse and
+/// durable. The copy appears under its name only when it is complete and on stable storage; what was there before stays
+/// until then.
+///
+/// Sizes: K, M, G, T are powers of 1024, as are KiB, MiB, ...; kB, MB, ... are powers of 1000. 1.5G is fine.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "drive-backup", version, max_term_width = 100, args_override_self = false)]
+#[command(
+    after_help = "Exit status: 0 complete and durable, 2 bad arguments, 3 complete but for unreadable ranges, 4 source, \
+    5 target, 6 point in time lost, 7 verification, 8 busy, 128+N signal N, 1 anything else. See drive-backup(1)."
+)]
+pub struct Args {
+    /// The disk image or block device to copy
+    #[arg(long, value_name = "PATH", help_heading = COPY, value_hint = ValueHint::FilePath)]
+    pub device: PathBuf,
+
+    /// Its format; by default its content tells
+    #[arg(long, value_name = "FORMAT", help_heading = COPY)]
+    pub source_format: Option<ImageFormat>,
+
+    /// Refuse a source that has a backing file
+    #[arg(long, help_heading = COPY)]
+    pub no_backing: bool,
+
+    /// Accept a source that changes while it is copied; the copy may then be torn, and the summary says so
+    ///
+    /// Without it such a source is an error: exit status 4, no target.
+    #[arg(long, help_heading = COPY)]
+    pub allow_inconsistent: bool,
+
+    /// The file or block device to write, or - for a raw stream to standard output
+    ///
+    /// A symbolic link is followed.
+    #[arg(long, value_name = "PATH|-", help_heading = TARGET, value_hint = ValueHint::FilePath, allow_hyphen_values = false)]
+    pub target: PathBuf,
+
+    /// The target's format
+    ///
+    /// By default what --mode existing finds; else what the target's extension says (.raw, .img, .qcow2); else the
+    /// source's.
+    #[arg(long, value_name = "FORMAT", help_heading = TARGET)]
+    pub format: Option<ImageFormat>,
+
+    /// A new image, or one that is there
+    #[arg(long, value_name = "MODE", default_value = "absolute-paths", help_heading = TARGET)]
+    pub mode: NewImageMode,
+
+    /// Cluster size of a new qcow2: a power of two from 512 to 2M; 64K by default
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true, value_parser = size, help_heading = TARGET)]
+    pub cluster_size: Option<u64>,
+
+    /// Compress a new qcow2: zlib or zstd; with a level, 1 to 9 or 1 to 22, as in zstd:9
+    #[arg(long, value_name = "TYPE[:LEVEL]", value_parser = Compress::parse, help_heading = TARGET)]
+    pub compress: Option<Compress>,
+
+    /// Turn runs of zero bytes into holes
+    #[arg(long, value_name = "WHEN", default_value = "auto", default_missing_value = "auto", num_args = 0..=1,
+          require_equals = true, help_heading = TARGET)]
+    pub sparse: Sparse,
+
+    /// Do not flush the target; a success then promises nothing about a power cut
+    #[arg(long, help_heading = TARGET)]
+    pub no_fsync: bool,
+
+    /// Limit in bytes a second, such as 50M; 0, off and unlimited mean none
+    ///
+    /// Holes and zeroes are not charged. SIGUSR2 turns the limit off and on again.
+    #[arg(long, value_name = "RATE", allow_negative_numbers = true, value_parser = rate, default_value = "off", help_heading = PACE)]
+    pub speed: RateLimit,
+
+    /// Number of copying threads; by default one for each core
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PACE)]
+    pub workers: Option<u16>,
+
+    /// Bypass the page cache
+    #[arg(long, help_heading = PACE)]
+    pub direct: bool,
+
+    /// What a read error of the source does
+    #[arg(long, value_name = "POLICY", default_value = "report", help_heading = FAILURE)]
+    pub on_source_error: Policy,
+
+    /// What a write error of the target does
+    #[arg(long, value_name = "POLICY", default_value = "report", help_heading = FAILURE)]
+    pub on_target_error: Policy,
+
+    /// Write JSON lines to standard output, to standard error with --target -
+    #[arg(long, help_heading = SIGHT)]
+    pub json: bool,
+
+    /// How progress is shown on standard error
+    #[arg(long, value_name = "STYLE", default_value = "auto", default_value_if("quiet", ArgPredicate::IsPresent, "none"),
+          help_heading = SIGHT)]
+    pub progress: Progress,
+
+    /// Time between JSON status records (1 by default) and between plain lines (30 by default)
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds, help_heading = SIGHT)]
+    pub progress_interval: Option<Duration>,
+
+    /// Only errors: no progress, no warnings
+    #[arg(short, long, help_heading = SIGHT)]
+    pub quiet: bool,
+
+    /// Also say what was found and done, on success too
+    #[arg(short, long, conflicts_with = "quiet", action = ArgAction::SetTrue, help_heading = SIGHT)]
+    pub verbose: bool,
+}
+
+/// A format that can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ImageFormat {
+    /// The disk's bytes and nothing else
+    Raw,
+    /// QEMU's image format, versions 2 and 3; written as 3
+    Qcow2,
+}
+
+/// QEMU's words for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum NewImageMode {
+    /// Make a new image beside the target and put it in the target's place when it is complete; a device is written in place
+    AbsolutePaths,
+    /// Write into the image that is there, in place
+    Existing,
+}
+
+/// Zeroes to holes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Sparse {
+    /// Wherever the target can have holes
+    Auto,
+    /// Write zeroes that the source stores; its holes stay holes
+    Never,
+}
+
+/// Error policies, in QEMU's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Policy {
+    /// End with the error
+    Report,
+    /// Go on: an unreadable source range becomes zeroes, an unwritable target range is skipped; exit status 3
+    Ignore,
+    /// Stop when the target is full, else report
+    Enospc,
+    /// Pause, and try again after Enter on the terminal or SIGCONT
+    Stop,
+}
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Progress {
+    /// A bar on a terminal, plain lines under systemd's journal, else none
+    Auto,
+    /// A bar; plain lines where standard error is no terminal
+    Bar,
+    /// A line every 30 seconds and one at the end
+    Plain,
+    /// None
+    None,
+}
+
+/// Compression of a new qcow2: what, and at which level if one was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compress {
+    pub kind: Compression,
+    pub level: Option<i32>,
+}
+
+impl Compress {
+    fn parse(text: &str) -> Result<Self, String> {
+        let (name, level) = text.split_once(':').map_or((text, None), |(name, level)| (name, Some(level)));
+        let (kind, highest) = match name {
+            "zlib" => (Compression::Zlib, 9),
+            "zstd" => (Compression::Zstd, 22),
+            _ => return Err("use zlib, zstd, or a level with it: zstd:9".to_owned()),
+        };
+        let in_range = |level: &str| level.parse().ok().filter(|level| (1..=highest).contains(level));
+        let level = match level.map(in_range) {
+            None => None,
+            Some(Some(level)) => Some(level),
+            Some(None) => return Err(format!("a level of {name} is a number from 1 to {highest}")),
+        };
+        Ok(Self { kind, level })
+    }
+}
+
+/// Bytes a second; `None`: no limit. A type of its own: clap reads `Option` as "may be absent".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RateLimit(pub Option<u64>);
+
+fn size(text: &str) -> Result<u64, NotASize> {
+    parse_size(text)
+}
+
+fn rate(text: &str) -> Result<RateLimit, NotASize> {
+    parse_rate(text).map(RateLimit)
+}
+
+fn seconds(text: &str) -> Result<Duration, &'static str> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.1..=86400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("it is a number of seconds from 0.1 to 86400"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(flags: &[&str]) -> Result<Args, String> {
+        let needed = ["drive-backup", "--device", "d", "--target", "t"];
+        Args::try_parse_from(needed.iter().chain(flags)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_the_promised_ones() {
+        let args = parse(&[]).unwrap();
+        assert_eq!(
+            (args.mode, args.sparse, args.progress),
+            (NewImageMode::AbsolutePaths, Sparse::Auto, Progress::Auto)
+        );
+        assert_eq!((args.on_source_error, args.on_target_error), (Policy::Report, Policy::Report));
+        assert_eq!((args.speed, args.workers, args.format, args.source_format), (RateLimit(None), None, None, None));
+        assert!(!(args.no_fsync || args.direct || args.json || args.quiet || args.verbose || args.no_backing));
+    }
+
+    #[test]
+    fn values_are_read() {
+        let args = parse(&["--speed", "50M", "--cluster-size", "2M", "--sparse=never", "--mode", "existing"]).unwrap();
+        assert_eq!((args.speed, args.cluster_size), (RateLimit(Some(50 << 20)), Some(2 << 20)));
+        assert_eq!((args.sparse, args.mode), (Sparse::Never, NewImageMode::Existing));
+        assert_eq!(parse(&["--sparse"]).unwrap().sparse, Sparse::Auto);
+        for (text, kind, level) in [
+            ("zlib", Compression::Zlib, None),
+            ("zlib:9", Compression::Zlib, Some(9)),
+            ("zstd", Compression::Zstd, None),
+            ("zstd:19", Compression::Zstd, Some(19)),
+        ] {
+            assert_eq!(parse(&["--compress", text]).unwrap().compress, Some(Compress { kind, level }));
+        }
+        assert_eq!(parse(&["--progress-interval", "0.5"]).unwrap().progress_interval, Some(Duration::from_millis(500)));
+        assert_eq!(parse(&["-q"]).unwrap().progress, Progress::None);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for flags in [
+            &["--speed", "-1"][..],
+            &["--speed=-1"],
+            &["--speed", "50Mb"],
+            &["--speed", "1e99"],
+            &["--workers", "0"],
+            &["--workers", "-2"],
+            &["--compress", "zstd:23"],
+            &["--compress", "zstd:0"],
+            &["--compress", "zlib:10"],
+            &["--compress", "zlib:"],
+            &["--compress", "lzo"],
+            &["--format", "vmdk"],
+            &["--mode", "absolute"],
+            &["--sparse=always"],
+            &["--on-source-error", "retry"],
+            &["--progress-interval", "0"],
+            &["--progress-interval", "nan"],
+            &["--device", "twice"],
+            &["-q", "-v"],
+            &["stray"],
+        ] {
+            assert!(parse(flags).is_err(), "{flags:?}");
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! JSON lines, schema 1: the shapes on the wire and nothing else. Field names are restic's where it has them. Fields
+//! are only ever added; a change of meaning is a new schema.
+
+use crate::ground::range::ByteRange;
+use crate::ground::status::{OverlayUsage, WriterStats};
+use jiff::Timestamp;
+use serde::Serialize;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// Of every record.
+pub const SCHEMA: u32 = 1;
+
+/// One line.
+#[derive(Debug, Serialize)]
+pub struct Record<'a> {
+    /// What it says.
+    #[serde(flatten)]
+    pub body: &'a Body,
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// RFC 3339, UTC, milliseconds.
+    pub time: String,
+    /// UUID of this run.
+    pub job: &'a str,
+    /// Counts records from 0; a gap is as many dropped ones.
+    pub seq: u64,
+}
+
+/// What a record says.
+#[derive(Debug, Serialize)]
+#[serde(tag = "message_type", rename_all = "snake_case")]
+pub enum Body {
+    /// The instant is taken.
+    Start(Box<Start>),
+    /// At every interval, and when phase or status change.
+    Status(Box<Status>),
+    /// Something that ends nothing.
+    Warning(Warning),
+    /// An I/O error, each time.
+    Error(Fault),
+    /// Last record, exit codes 0 and 3.
+    Summary(Box<Summary>),
+    /// Last record, every other ending.
+    ExitError(Box<ExitError>),
+}
+
+/// A path; `path_b64` only where it is not UTF-8, and `path` is then lossy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PathName {
+    path: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path_b64: Option<String>,
+}
+
+impl PathName {
+    /// The name of `path`.
+    pub fn of(path: &Path) -> Self {
+        let path_b64 = path.to_str().is_none().then(|| base64(path.as_os_str().as_bytes()));
+        Self { path: path.to_string_lossy().into_owned(), path_b64 }
+    }
+}
+
+/// The source.
+#[derive(Debug, Serialize)]
+pub struct Device {
+    #[serde(flatten)]
+    pub name: PathName,
+    pub format: &'static str,
+    /// Bytes.
+    pub virtual_size: u64,
+}
+
+/// The target; its path is `-` for standard output.
+#[derive(Debug, Serialize)]
+pub struct Target {
+    #[serde(flatten)]
+    pub name: PathName,
+    pub format: &'static str,
+    /// file, existing, device, stdout.
+    pub kind: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Start {
+    pub version: &'static str,
+    pub pid: u32,
+    pub device: Device,
+    pub target: Target,
+    pub point_in_time: String,
+    /// How it was taken: unchanging, reflink, frozen, unchecked.
+    pub instant: &'static str,
+    /// Bytes a second; null: none.
+    pub speed_limit: Option<u64>,
+    /// Writer processes attached.
+    pub writers: u64,
+    pub overlay: Option<Overlay>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Status {
+    /// prepare, copy, flush, verify, publish, cancel.
+    pub phase: &'static str,
+    /// running, paused.
+    pub status: &'static str,
+    /// Of copying: 0 to 1, never falls; below 1 until the target is published.
+    pub percent_done: f64,
+    pub total_bytes: u64,
+    pub bytes_done: u64,
+    pub bytes_data: u64,
+    pub bytes_zero: u64,
+    /// Data bytes a second, over the last seconds.
+    pub rate: u64,
+    /// Data bytes a second, since copying began.
+    pub rate_avg: u64,
+    pub speed_limit: Option<u64>,
+    pub seconds_elapsed: u64,
+    pub seconds_remaining: Option<u64>,
+    /// Since a running copy last got anywhere.
+    pub seconds_stalled: u64,
+    pub error_count: u64,
+    pub overlay: Option<Overlay>,
+    pub writer: Option<Writer>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Warning {
+    pub code: &'static str,
+    pub offset: Option<u64>,
+    pub length: Option<u64>,
+    pub errno: Option<String>,
+    pub message: String,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Fault {
+    /// read, write, flush, ...
+    pub during: &'static str,
+    /// source, target, overlay.
+    pub side: Option<String>,
+    #[serde(flatten)]
+    pub name: Option<PathName>,
+    pub offset: Option<u64>,
+    pub length: Option<u64>,
+    /// Its name, such as ENOSPC.
+    pub errno: Option<String>,
+    pub errno_num: Option<i32>,
+    /// report, ignore, stop.
+    pub action: &'static str,
+    pub message: String,
+    /// It ends the job.
+    pub fatal: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Summary {
+    /// complete, or not_whole where ranges are missing.
+    pub result: &'static str,
+    pub exit_code: u8,
+    pub durable: bool,
+    /// Null: nobody asked.
+    pub verified: Option<bool>,
+    /// Null: nobody asked.
+    pub hash: Option<String>,
+    /// The copy is known to show one instant.
+    pub consistent: bool,
+    pub total_bytes: u64,
+    pub bytes_done: u64,
+    pub bytes_data: u64,
+    pub bytes_zero: u64,
+    /// Seconds.
+    pub total_duration: f64,
+    pub rate_avg: u64,
+    /// How many there were.
+    pub warnings: u64,
+    pub error_count: u64,
+    /// Source ranges that are zeroes on the target.
+    pub unreadable: Vec<Range>,
+    /// Target ranges that were not written.
+    pub skipped: Vec<Range>,
+    pub overlay: Option<Overlay>,
+    pub writer: Option<Writer>,
+    #[serde(flatten)]
+    pub dropped: Dropped,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ExitError {
+    pub exit_code: u8,
+    /// usage, source, target, instant_lost, differs, busy, signal, cancelled, other.
+    pub reason: &'static str,
+    /// Its name, such as SIGINT.
+    pub signal: Option<&'static str>,
+    pub message: String,
+    /// removed, incomplete, untouched, kept_bad.
+    pub target_state: &'static str,
+    /// Null: there was none.
+    pub writer_released: Option<bool>,
+    pub seconds_elapsed: u64,
+    #[serde(flatten)]
+    pub dropped: Dropped,
+}
+
+/// Records that a slow reader lost; known when the last one is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Dropped {
+    pub status_dropped: u64,
+    /// Warnings and errors.
+    pub events_dropped: u64,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Range {
+    pub offset: u64,
+    pub length: u64,
+}
+
+impl From<ByteRange> for Range {
+    fn from(range: ByteRange) -> Self {
+        Self { offset: range.offset, length: range.length }
+    }
+}
+
+/// In bytes.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Overlay {
+    pub used: u64,
+    pub peak: u64,
+    /// Null: none.
+    pub limit: Option<u64>,
+}
+
+impl From<OverlayUsage> for Overlay {
+    fn from(usage: OverlayUsage) -> Self {
+        Self { used: usage.used, peak: usage.peak, limit: usage.limit }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Writer {
+    pub attached: u64,
+    pub writes: u64,
+    pub trapped: u64,
+    pub stall_ms_p50: f64,
+    pub stall_ms_p99: f64,
+    pub stall_ms_max: f64,
+}
+
+impl From<WriterStats> for Writer {
+    fn from(stats: WriterStats) -> Self {
+        let [stall_ms_p50, stall_ms_p99, stall_ms_max] = stats.stall_ms;
+        let WriterStats { attached, writes, trapped, .. } = stats;
+        Self { attached, writes, trapped, stall_ms_p50, stall_ms_p99, stall_ms_max }
+    }
+}
+
+/// RFC 3339, UTC, milliseconds.
+pub fn time(at: std::time::SystemTime) -> String {
+    let at = Timestamp::try_from(at).unwrap_or(Timestamp::UNIX_EPOCH);
+    format!("{at:.3}")
+}
+
+/// The errno's name, such as `ENOSPC`.
+pub fn errno_name(errno: i32) -> String {
+    format!("{:?}", nix::errno::Errno::from_raw(errno))
+}
+
+/// RFC 4648, section 4, with padding.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for three in bytes.chunks(3) {
+        let bits = three.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
+        for digit in 0..4 {
+            let sextet = bits >> (18 - 6 * digit) & 0x3f;
+            text.push(if digit <= three.len() { char::from(DIGITS[sextet as usize]) } else { '=' });
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsStr;
+    use std::time::{Duration, SystemTime};
+
+    #[test]
+    fn base64_matches_the_rfc() {
+        for (bytes, text) in
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("foobar", "Zm9vYmFy")]
+        {
+            assert_eq!(base64(bytes.as_bytes()), text);
+        }
+        assert_eq!(base64(&[0xff, 0xfe, 0xfd]), "//79");
+    }
+
+    #[test]
+    fn a_path_that_is_not_utf8_keeps_its_bytes() {
+        assert_eq!(serde_json::to_string(&PathName::of(Path::new("a b"))).unwrap(), r#"{"path":"a b"}"#);
+        let odd = PathName::of(Path::new(OsStr::from_bytes(b"a\xff")));
+        assert_eq!(serde_json::to_string(&odd).unwrap(), "{\"path\":\"a\u{fffd}\",\"path_b64\":\"Yf8=\"}");
+    }
+
+    #[test]
+    fn times_are_utc_with_milliseconds() {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_micros(1_700_000_000_123_999);
+        assert_eq!(time(at), "2023-11-14T22:13:20.123Z");
+    }
+
+    #[test]
+    fn a_record_has_its_fields_side_by_side() {
+        let body = Body::Error(Fault {
+            during: "write",
+            side: Some("target".to_owned()),
+            name: None,
+            offset: Some(65536),
+            length: Some(512),
+            errno: Some(errno_name(28)),
+            errno_num: Some(28),
+            action: "stop",
+            message: "write target at 0x10000+512: No space left on device".to_owned(),
+            fatal: false,
+        });
+        let record = Record { body: &body, schema: SCHEMA, time: "T".to_owned(), job: "J", seq: 7 };
+        let value: serde_json::Value = serde_json::from_str(&serde_json::to_string(&record).unwrap()).unwrap();
+        assert_eq!(value["message_type"], "error");
+        assert_eq!(value["errno"], "ENOSPC");
+        assert_eq!((&value["schema"], &value["seq"], &value["job"]), (&1.into(), &7.into(), &"J".into()));
+        assert!(value.get("path").is_none());
+    }
+}

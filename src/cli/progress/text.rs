@@ -1,0 +1,136 @@
+//! The words that people read. No clock, no terminal.
+
+use super::pace::{STALLED, View};
+use crate::backup::{Summary, TargetState};
+use crate::ground::range::ByteRange;
+use crate::ground::size::{Bytes, Clock, Rate};
+use crate::ground::status::{Pause, Phase};
+use crate::monitor::{Instant, Started, TargetKind};
+use std::fmt::Write;
+use std::time::Duration;
+
+/// More would bury what matters; `--json` has all.
+const MOST_RANGES: usize = 100;
+
+/// Whatever a path or a system holds, a message stays one line and sends no escapes to a terminal.
+pub fn one_line(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut line, c| {
+        if c.is_control() {
+            line.extend(c.escape_default())
+        } else {
+            line.push(c)
+        }
+        line
+    })
+}
+
+/// How it stands, in one line.
+pub fn status(view: &View) -> String {
+    let job = &view.job;
+    let clock = Clock(view.in_phase);
+    match job.phase {
+        Phase::Prepare => "preparing".to_owned(),
+        Phase::Copy => copying(view),
+        Phase::Flush => format!("flushing {} to stable storage, {clock}", Bytes(job.data)),
+        Phase::Verify => format!("verifying, {clock}"),
+        Phase::Publish => "publishing".to_owned(),
+        Phase::Cancel => "cancelling".to_owned(),
+    }
+}
+
+fn copying(view: &View) -> String {
+    let job = &view.job;
+    // Cut, not rounded: 99.96 % is not yet 100.0 %.
+    let percent = (view.percent * 1000.0).floor() / 10.0;
+    let mut line = format!("{percent:.1} %, {} of {}", Bytes(job.done().min(job.total)), Bytes(job.total));
+    match job.paused {
+        Some(Pause::User) => line.push_str(", paused"),
+        Some(Pause::Error) => line.push_str(", STOPPED by an error; Enter or SIGCONT goes on"),
+        None if view.stalled >= STALLED => write!(line, ", STALLED for {}", Clock(view.stalled)).expect("a string"),
+        None => {
+            write!(line, ", {}", Rate(view.rate)).expect("a string");
+            if let Some(remaining) = view.remaining {
+                write!(line, ", {} left", Clock(remaining)).expect("a string");
+            }
+        }
+    }
+    if job.errors > 0 {
+        write!(line, ", {} errors", job.errors).expect("a string");
+    }
+    line
+}
+
+/// What was found, for `-v`.
+pub fn started(started: &Started) -> String {
+    let target = started.target.as_ref().map_or("standard output".to_owned(), |path| format!("'{}'", path.display()));
+    let kind = match started.target_kind {
+        TargetKind::File => "new file",
+        TargetKind::Existing => "existing image, in place",
+        TargetKind::Device => "device, in place",
+        TargetKind::Stdout => "stream",
+    };
+    let instant = match started.instant {
+        Instant::Unchanging => "the source must not change",
+        Instant::Reflink => "a clone by the file system",
+        Instant::Frozen => "its writers were frozen",
+        Instant::Unchecked => "the source may change",
+    };
+    let (device, size) = (started.device.display(), Bytes(started.virtual_size));
+    let (from, to) = (started.source_format, started.target_format);
+    format!("copying '{device}' ({from}, {size}) to {target} ({to}, {kind}); point in time: {instant}")
+}
+
+/// A backup that is complete.
+pub struct GoodEnd<'a> {
+    pub summary: &'a Summary,
+    pub elapsed: Duration,
+    pub rate_avg: u64,
+}
+
+impl GoodEnd<'_> {
+    /// In one line.
+    pub fn line(&self) -> String {
+        let Summary { total, data, durable, .. } = *self.summary;
+        let stable = if durable { "on stable storage" } else { "NOT flushed to stable storage" };
+        let (total, data, clock, rate) = (Bytes(total), Bytes(data), Clock(self.elapsed), Rate(self.rate_avg));
+        format!("complete: {total}, {data} of it data, in {clock}, {rate}; {stable}")
+    }
+
+    /// The ranges that are missing, a line each: they must be known even where success is silent.
+    pub fn missing(&self) -> Vec<String> {
+        let Summary { unreadable, skipped, .. } = self.summary;
+        let mut lines = Vec::new();
+        listed(&mut lines, unreadable, "source range", "could not be read: it is zeroes in the copy");
+        listed(&mut lines, skipped, "target range", "could not be written: it holds what it held before");
+        lines
+    }
+}
+
+fn listed(lines: &mut Vec<String>, ranges: &[ByteRange], what: &str, outcome: &str) {
+    lines.extend(ranges.iter().take(MOST_RANGES).map(|range| format!("{what} {range} {outcome}")));
+    if let Some(more) = ranges.len().checked_sub(MOST_RANGES).filter(|more| *more > 0) {
+        lines.push(format!("{more} more {what}s {outcome}; --json lists all"));
+    }
+}
+
+/// A backup that failed.
+pub struct BadEnd<'a> {
+    pub message: &'a str,
+    pub state: TargetState,
+    /// As the user named it.
+    pub target: &'a str,
+    /// Writing had begun, so that the target's state is worth a word.
+    pub begun: bool,
+}
+
+impl BadEnd<'_> {
+    /// In one line.
+    pub fn line(&self) -> String {
+        let Self { message, target, .. } = self;
+        match self.state {
+            TargetState::Incomplete => format!("{message}; {target} is INCOMPLETE, do not use it"),
+            TargetState::Removed if self.begun => format!("{message}; the partial copy was removed"),
+            _ => (*message).to_owned(),
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! From flags to what they ask for: defaults filled in, contradictions refused before anything is opened.
+
+use super::args::{Args, Compress, ImageFormat, NewImageMode, Policy, Sparse};
+use super::progress::Style;
+use crate::backup::{Mode, Options, Target};
+use crate::error::{Error, Kind, Result};
+use crate::ground::policy::OnError;
+use crate::image::format::Format;
+use crate::image::qcow2::CompressOptions;
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::Duration;
+
+const CLUSTER_SIZES: std::ops::RangeInclusive<u64> = 512..=2 << 20;
+const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What a run is asked to do and to show.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// For the engine.
+    pub options: Options,
+    /// Bytes a second; `None`: no limit.
+    pub speed: Option<u64>,
+    /// For people and programs.
+    pub view: View,
+}
+
+/// What a run shows.
+#[derive(Clone, Copy, Debug)]
+pub struct View {
+    /// JSON lines, and where.
+    pub json: Option<JsonEnd>,
+    /// Between status records.
+    pub status_interval: Duration,
+    /// For people.
+    pub style: Style,
+    /// Errors only.
+    pub quiet: bool,
+    /// What was found and done, on success too.
+    pub verbose: bool,
+}
+
+/// Where JSON lines go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JsonEnd {
+    /// Standard output.
+    Stdout,
+    /// Standard error, because standard output is the target. People's lines are left out there.
+    Stderr,
+}
+
+/// A plan, or what is wrong with the flags, in one line with a hint.
+pub fn plan(args: Args) -> Result<Plan> {
+    check(&args)?;
+    let style = Style::choose(args.progress, args.progress_interval);
+    let to_stdout = is_dash(&args.target);
+    let json = args.json.then_some(if to_stdout { JsonEnd::Stderr } else { JsonEnd::Stdout });
+    let style = match json {
+        Some(JsonEnd::Stderr) => Style::None,
+        // The bar would run through the lines.
+        Some(JsonEnd::Stdout) if matches!(style, Style::Bar { .. }) && std::io::stdout().is_terminal() => Style::None,
+        _ => style,
+    };
+    let view = View {
+        json,
+        status_interval: args.progress_interval.unwrap_or(STATUS_INTERVAL),
+        style,
+        quiet: args.quiet,
+        verbose: args.verbose,
+    };
+    Ok(Plan { speed: args.speed.0, view, options: options(args, to_stdout) })
+}
+
+/// Is it the `-` that means a standard stream?
+pub fn is_dash(path: &Path) -> bool {
+    path.as_os_str() == "-"
+}
+
+fn options(args: Args, to_stdout: bool) -> Options {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    Options {
+        device: args.device,
+        source_format: args.source_format.map(Format::from),
+        backing: !args.no_backing,
+        format: if to_stdout { Some(Format::Raw) } else { args.format.map(Format::from) },
+        target: if to_stdout { Target::Stdout } else { Target::Path(args.target) },
+        mode: match args.mode {
+            NewImageMode::AbsolutePaths => Mode::AbsolutePaths,
+            NewImageMode::Existing => Mode::Existing,
+        },
+        cluster_size: args.cluster_size,
+        compression: args.compress.map(CompressOptions::from),
+        sparse: args.sparse == Sparse::Auto,
+        direct: args.direct,
+        fsync: !args.no_fsync,
+        workers: args.workers.map_or_else(cores, usize::from),
+        allow_inconsistent: args.allow_inconsistent,
+        on_source_error: args.on_source_error.into(),
+        on_target_error: args.on_target_error.into(),
+    }
+}
+
+fn check(args: &Args) -> Result<()> {
+    let refuse = |what: &str| Err(Error::new(Kind::Usage, what));
+    if is_dash(&args.device) {
+        return refuse("--device - is not possible: a backup reads at any offset; name a file or a device");
+    }
+    if let Some(size) = args.cluster_size
+        && !(size.is_power_of_two() && CLUSTER_SIZES.contains(&size))
+    {
+        return refuse("--cluster-size is a power of two from 512 to 2M");
+    }
+    if is_dash(&args.target) {
+        return check_stream(args);
+    }
+    let of_new_qcow2 = [("--compress", args.compress.is_some()), ("--cluster-size", args.cluster_size.is_some())];
+    for (flag, _) in of_new_qcow2.into_iter().filter(|(_, given)| *given) {
+        if args.mode == NewImageMode::Existing {
+            return refuse(&format!("{flag} is for new images: --mode existing keeps the image's own; leave one out"));
+        }
+        if raw_by_request(args) {
+            return refuse(&format!("{flag} needs qcow2, and the target's format is raw; use --format qcow2"));
+        }
+    }
+    Ok(())
+}
+
+fn check_stream(args: &Args) -> Result<()> {
+    let wrong = [
+        (args.format == Some(ImageFormat::Qcow2), "--format qcow2"),
+        (args.compress.is_some(), "--compress"),
+        (args.cluster_size.is_some(), "--cluster-size"),
+        (args.mode == NewImageMode::Existing, "--mode existing"),
+    ];
+    if let Some((_, flag)) = wrong.into_iter().find(|(given, _)| *given) {
+        let what = format!("{flag} is not possible with --target -: a stream is raw; leave it out, or write to a file");
+        return Err(Error::new(Kind::Usage, what));
+    }
+    if std::io::stdout().is_terminal() {
+        return Err(Error::new(Kind::Usage, "--target - would write the disk to a terminal; redirect standard output"));
+    }
+    Ok(())
+}
+
+/// Raw by the flag or by the extension; the engine finds out the rest.
+fn raw_by_request(args: &Args) -> bool {
+    let by_extension = || args.target.extension().is_some_and(|e| e == "raw" || e == "img");
+    args.format.map_or_else(by_extension, |format| format == ImageFormat::Raw)
+}
+
+/// The target as messages name it.
+pub fn target_name(target: &Target) -> String {
+    match target {
+        Target::Path(path) => format!("'{}'", path.display()),
+        Target::Stdout => "the copy on standard output".to_owned(),
+    }
+}
+
+impl From<ImageFormat> for Format {
+    fn from(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Raw => Self::Raw,
+            ImageFormat::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+impl From<Policy> for OnError {
+    fn from(policy: Policy) -> Self {
+        match policy {
+            Policy::Report => Self::Report,
+            Policy::Ignore => Self::Ignore,
+            Policy::Enospc => Self::Enospc,
+            Policy::Stop => Self::Stop,
+        }
+    }
+}
+
+impl From<Compress> for CompressOptions {
+    fn from(compress: Compress) -> Self {
+        let default = Self::default_of(compress.kind);
+        Self { level: compress.level.unwrap_or(default.level), ..default }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn resolve(flags: &str) -> Result<Plan> {
+        let device = if flags.contains("--device") { "" } else { "--device d " };
+        let target = if flags.contains("--target") { "" } else { "--target t " };
+        let line = format!("drive-backup {device}{target}{flags}");
+        plan(Args::try_parse_from(line.split_whitespace()).unwrap_or_else(|error| panic!("{flags}: {error}")))
+    }
+
+    #[test]
+    fn defaults_leave_the_formats_to_the_engine() {
+        let Plan { options, speed, view } = resolve("").unwrap();
+        assert_eq!((options.format, options.source_format, options.mode), (None, None, Mode::AbsolutePaths));
+        assert!(options.backing && options.sparse && options.fsync && options.workers >= 1);
+        assert!(!options.direct && !options.allow_inconsistent);
+        assert_eq!((speed, view.json), (None, None));
+    }
+
+    #[test]
+    fn every_flag_arrives() {
+        let flags = "--source-format qcow2 --no-backing --format qcow2 --cluster-size 4K --compress zstd:7 --speed 1M \
+            --workers 3 --direct --sparse=never --no-fsync --allow-inconsistent --on-source-error stop \
+            --on-target-error enospc --json -v --progress-interval 5";
+        let Plan { options, speed, view } = resolve(flags).unwrap();
+        assert_eq!((options.source_format, options.format), (Some(Format::Qcow2), Some(Format::Qcow2)));
+        assert_eq!((options.cluster_size, options.compression.unwrap().level), (Some(4096), 7));
+        assert_eq!((speed, options.workers), (Some(1 << 20), 3));
+        assert!(!options.backing && options.direct && !options.sparse && !options.fsync && options.allow_inconsistent);
+        assert_eq!((options.on_source_error, options.on_target_error), (OnError::Stop, OnError::Enospc));
+        assert_eq!((view.json, view.status_interval), (Some(JsonEnd::Stdout), Duration::from_secs(5)));
+        assert!(view.verbose && !view.quiet);
+    }
+
+    #[test]
+    fn a_stream_is_raw_and_sends_json_to_standard_error() {
+        let Plan { options, view, .. } = resolve("--target - --json").unwrap();
+        assert_eq!((options.target, options.format), (Target::Stdout, Some(Format::Raw)));
+        assert_eq!((view.json, view.style), (Some(JsonEnd::Stderr), Style::None));
+    }
+
+    #[test]
+    fn contradictions_are_refused_with_the_flag_and_a_hint() {
+        for (flags, flag, hint) in [
+            ("--device - ", "--device -", "name a file"),
+            ("--target - --format qcow2", "--format qcow2", "leave it out"),
+            ("--target - --compress zlib", "--compress", "leave it out"),
+            ("--target - --mode existing", "--mode existing", "leave it out"),
+            ("--target - --cluster-size 4K", "--cluster-size", "leave it out"),
+            ("--format raw --compress zlib", "--compress", "use --format qcow2"),
+            ("--target t.raw --compress zlib", "--compress", "use --format qcow2"),
+            ("--target t.img --cluster-size 64K", "--cluster-size", "use --format qcow2"),
+            ("--mode existing --compress zlib", "--compress", "leave one out"),
+            ("--mode existing --cluster-size 64K", "--cluster-size", "leave one out"),
+            ("--cluster-size 3000", "--cluster-size", "power of two"),
+            ("--cluster-size 256", "--cluster-size", "power of two"),
+            ("--cluster-size 4M", "--cluster-size", "power of two"),
+        ] {
+            let error = resolve(flags).expect_err(flags);
+            let text = error.to_string();
+            assert_eq!(error.kind(), Kind::Usage, "{flags}");
+            assert!(text.contains(flag) && text.contains(hint), "{flags}: {text}");
+        }
+        assert!(resolve("--target t.raw --format qcow2 --compress zlib").is_ok());
+    }
+}

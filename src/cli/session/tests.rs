@@ -1,0 +1,403 @@
+use super::*;
+use crate::backup::{Mode, Target};
+use crate::ground::policy::{Action, OnError};
+use crate::ground::range::ByteRange;
+use crate::ground::status::Phase;
+use crate::job::Gate;
+use crate::monitor::{self, Event, Started};
+use serde_json::Value;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::io::{self, PipeReader, Read};
+use std::path::PathBuf;
+use std::sync::mpsc;
+use std::time::SystemTime;
+
+const BOUND: Duration = Duration::from_secs(20);
+const TOTAL: u64 = 4 << 20;
+
+fn options() -> Options {
+    Options {
+        device: PathBuf::from("d"),
+        source_format: None,
+        backing: true,
+        target: Target::Path(PathBuf::from("t")),
+        format: None,
+        mode: Mode::AbsolutePaths,
+        cluster_size: None,
+        compression: None,
+        sparse: true,
+        direct: false,
+        fsync: true,
+        workers: 1,
+        allow_inconsistent: false,
+        on_source_error: OnError::Report,
+        on_target_error: OnError::Report,
+    }
+}
+
+fn view() -> View {
+    View { json: None, status_interval: Duration::from_millis(100), style: Style::None, quiet: false, verbose: false }
+}
+
+/// A session, and what its readers would read.
+fn session(view: View) -> (Session, PipeReader, PipeReader) {
+    let ((json, json_end), (people, people_end)) = (io::pipe().unwrap(), io::pipe().unwrap());
+    let ends = Ends { json: Some(Box::new(json_end)), people: Box::new(people_end) };
+    (Session::start(view, None, "'t'".to_owned(), ends).unwrap(), json, people)
+}
+
+/// Runs `engine` and reads everything.
+fn run<E>(view: View, engine: E) -> (Ending, Vec<Value>, String)
+where
+    E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
+{
+    let (session, json, people) = session(view);
+    let ending = session.run(options(), engine);
+    (ending, records(json), text(people))
+}
+
+fn text(mut end: PipeReader) -> String {
+    let mut text = String::new();
+    end.read_to_string(&mut text).unwrap();
+    text
+}
+
+fn records(end: PipeReader) -> Vec<Value> {
+    let records: Vec<Value> = text(end).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let is_last = |record: &&Value| ["summary", "exit_error"].contains(&record["message_type"].as_str().unwrap());
+    assert_eq!(records.iter().filter(is_last).count(), 1, "exactly one last record: {records:?}");
+    assert!(records.last().as_ref().is_some_and(is_last), "the last record is the last: {records:?}");
+    records
+}
+
+fn begin(job: &Job, monitor: &dyn Monitor, target_kind: TargetKind) {
+    job.set_total(TOTAL);
+    job.enter(Phase::Copy);
+    monitor.event(Event::Started(&Started {
+        device: PathBuf::from("d"),
+        source_format: "raw",
+        virtual_size: TOTAL,
+        target: Some(PathBuf::from("t")),
+        target_format: "qcow2",
+        target_kind,
+        point_in_time: SystemTime::now(),
+        instant: monitor::Instant::Unchanging,
+    }));
+}
+
+fn summary(unreadable: Vec<ByteRange>) -> Summary {
+    Summary {
+        total: TOTAL,
+        data: 3 << 20,
+        zero: 1 << 20,
+        durable: true,
+        consistent: true,
+        unreadable,
+        skipped: Vec::new(),
+    }
+}
+
+fn copy(job: &Job, monitor: &dyn Monitor) {
+    begin(job, monitor, TargetKind::File);
+    job.count_data(3 << 20);
+    job.count_zero(1 << 20);
+}
+
+fn no_space() -> Error {
+    let full = io::Error::from_raw_os_error(28);
+    Error::io(crate::error::Side::Target, "write", ByteRange::new(65536, 4096), full)
+}
+
+/// Hangs as a write to a dead target does; nobody ever joins it.
+fn hang() -> ! {
+    loop {
+        thread::park();
+    }
+}
+
+#[test]
+fn a_good_run_ends_with_a_summary_and_says_nothing() {
+    let (ending, records, people) = run(view(), |options, job, monitor| {
+        assert_eq!(options.device, PathBuf::from("d"));
+        copy(job, monitor);
+        Ok(summary(Vec::new()))
+    });
+    assert_eq!(ending, Ending::with_code(0));
+    assert_eq!(people, "", "cron is silent on success");
+    assert_eq!(records[0]["message_type"], "start");
+    assert_eq!((&records[0]["target"]["path"], &records[0]["target"]["format"]), (&"t".into(), &"qcow2".into()));
+    let last = records.last().unwrap();
+    assert_eq!((&last["result"], &last["exit_code"], &last["durable"]), (&"complete".into(), &0.into(), &true.into()));
+    assert_eq!((&last["bytes_done"], &last["total_bytes"]), (&TOTAL.into(), &TOTAL.into()));
+}
+
+#[test]
+fn verbose_says_what_was_done() {
+    let (_, _, people) = run(View { verbose: true, ..view() }, |_, job, monitor| {
+        copy(job, monitor);
+        Ok(summary(Vec::new()))
+    });
+    let lines: Vec<&str> = people.lines().collect();
+    assert!(lines[0].starts_with("drive-backup: copying 'd' (raw, 4.00 MiB) to 't' (qcow2, new file)"), "{people}");
+    assert!(lines[1].starts_with("drive-backup: complete: 4.00 MiB, 3.00 MiB of it data"), "{people}");
+}
+
+#[test]
+fn missing_ranges_are_exit_3_and_listed_for_everybody() {
+    let (ending, records, people) = run(View { quiet: true, ..view() }, |_, job, monitor| {
+        copy(job, monitor);
+        Ok(summary(vec![ByteRange::new(4096, 512)]))
+    });
+    assert_eq!(ending, Ending::with_code(3));
+    assert_eq!(people, "drive-backup: source range 0x1000+512 could not be read: it is zeroes in the copy\n");
+    let last = records.last().unwrap();
+    assert_eq!(last["unreadable"][0]["offset"], 4096);
+    assert_eq!((&last["result"], &last["exit_code"]), (&"not_whole".into(), &3.into()));
+}
+
+#[test]
+fn an_inconsistent_copy_is_called_so() {
+    let (ending, records, people) =
+        run(view(), |_, _, _| Ok(Summary { consistent: false, durable: false, ..summary(Vec::new()) }));
+    assert_eq!(ending, Ending::with_code(0));
+    assert!(people.contains("INCONSISTENT"), "{people}");
+    let last = records.last().unwrap();
+    assert_eq!((&last["consistent"], &last["durable"]), (&false.into(), &false.into()));
+}
+
+#[test]
+fn every_kind_of_failure_has_its_code_and_its_target_state() {
+    for (kind, code, state) in [
+        (Kind::Usage, 2, TargetState::Untouched),
+        (Kind::Source, 4, TargetState::Removed),
+        (Kind::Target, 5, TargetState::Incomplete),
+        (Kind::InstantLost, 6, TargetState::Removed),
+        (Kind::Busy, 8, TargetState::Untouched),
+        (Kind::Other, 1, TargetState::Removed),
+    ] {
+        let (ending, records, people) = run(view(), move |_, job, monitor| {
+            begin(job, monitor, TargetKind::File);
+            Err(Failure { error: Error::new(kind, "it broke"), target: state })
+        });
+        assert_eq!(ending, Ending::with_code(code), "{kind:?}");
+        let last = records.last().unwrap();
+        assert_eq!((&last["exit_code"], &last["target_state"]), (&code.into(), &state.name().into()), "{kind:?}");
+        assert!(people.starts_with("drive-backup: it broke"), "{people}");
+        assert_eq!(people.contains("INCOMPLETE"), state == TargetState::Incomplete, "{people}");
+        assert_eq!(people.lines().count(), 1, "{people}");
+    }
+}
+
+#[test]
+fn a_fault_is_told_with_its_place_and_once() {
+    let (_, records, people) = run(view(), |_, job, monitor| {
+        begin(job, monitor, TargetKind::File);
+        monitor.event(Event::Fault { error: &no_space(), action: Action::Report });
+        Err(Failure { error: no_space(), target: TargetState::Removed })
+    });
+    let fault = &records[1];
+    assert_eq!((&fault["errno"], &fault["errno_num"]), (&"ENOSPC".into(), &28.into()));
+    assert_eq!((&fault["offset"], &fault["length"], &fault["fatal"]), (&65536.into(), &4096.into(), &true.into()));
+    assert_eq!(
+        (&fault["side"], &fault["during"], &fault["action"]),
+        (&"target".into(), &"write".into(), &"report".into())
+    );
+    let line = "drive-backup: write target at 0x10000+4096: No space left on device; the partial copy was removed\n";
+    assert_eq!(people, line);
+}
+
+#[test]
+fn a_dying_disk_does_not_flood_people() {
+    let (_, records, people) = run(view(), |_, job, monitor| {
+        begin(job, monitor, TargetKind::File);
+        for _ in 0..150 {
+            monitor.event(Event::Fault { error: &no_space(), action: Action::Ignore });
+        }
+        Ok(summary(Vec::new()))
+    });
+    assert_eq!(people.lines().count(), 101, "{people}");
+    assert_eq!(records.iter().filter(|record| record["message_type"] == "error").count(), 150);
+}
+
+#[test]
+fn a_panic_of_the_engine_is_an_ordinary_failure() {
+    let (ending, records, _) = run(view(), |_, job, monitor| {
+        begin(job, monitor, TargetKind::File);
+        panic!("a bug");
+    });
+    assert_eq!(ending, Ending::with_code(1));
+    let last = records.last().unwrap();
+    assert_eq!((&last["reason"], &last["target_state"]), (&"other".into(), &"removed".into()));
+}
+
+#[test]
+fn statuses_come_by_the_clock_and_with_every_pause() {
+    let (session, json, _people) = session(view());
+    let job = Arc::clone(&session.job);
+    let (seen, done) = mpsc::channel();
+    let read = thread::spawn(move || {
+        let mut statuses = Vec::new();
+        for line in io::BufRead::lines(io::BufReader::new(json)) {
+            let record: Value = serde_json::from_str(&line.unwrap()).unwrap();
+            if record["message_type"] == "status" {
+                let paused = record["status"] == "paused";
+                statuses.push(record);
+                if paused {
+                    job.resume();
+                    let _ = seen.send(());
+                }
+            }
+        }
+        statuses
+    });
+    let ending = session.run(options(), move |_, job, monitor| {
+        begin(job, monitor, TargetKind::File);
+        job.count_data(TOTAL / 2);
+        monitor.event(Event::Fault { error: &no_space(), action: Action::Stop });
+        assert_eq!(job.stop_for_error(), Gate::Go);
+        done.recv_timeout(BOUND).unwrap();
+        Ok(summary(Vec::new()))
+    });
+    assert_eq!(ending, Ending::with_code(0));
+    let statuses = read.join().unwrap();
+    let paused = statuses.iter().find(|status| status["status"] == "paused").unwrap();
+    assert_eq!((&paused["percent_done"], &paused["phase"]), (&0.5.into(), &"copy".into()));
+}
+
+#[test]
+fn a_cancelled_engine_undoes_its_work_and_the_signal_is_what_ended_it() {
+    let (session, json, people) = session(view());
+    let wake = session.wake.clone();
+    let ending = session.run(options(), move |_, job, monitor| {
+        begin(job, monitor, TargetKind::File);
+        wake.send(Wake::Signal(SIGTERM)).unwrap();
+        job.pause();
+        assert_eq!(job.gate(), Gate::Cancelled);
+        Err(Failure { error: Error::new(Kind::Cancelled, "cancelled"), target: TargetState::Removed })
+    });
+    assert_eq!(ending, Ending { code: 143, signal: Some(SIGTERM), abandoned: false });
+    let records = records(json);
+    let last = records.last().unwrap();
+    assert_eq!(
+        (&last["signal"], &last["reason"], &last["exit_code"]),
+        (&"SIGTERM".into(), &"signal".into(), &143.into())
+    );
+    assert_eq!(text(people), "drive-backup: ended by SIGTERM: cancelled; the partial copy was removed\n");
+}
+
+#[test]
+fn a_publish_that_was_faster_than_the_signal_is_a_success() {
+    let (session, json, _people) = session(view());
+    let wake = session.wake.clone();
+    let ending = session.run(options(), move |_, job, monitor| {
+        copy(job, monitor);
+        wake.send(Wake::Signal(SIGINT)).unwrap();
+        Ok(summary(Vec::new()))
+    });
+    assert_eq!(ending, Ending::with_code(0));
+    assert_eq!(records(json).last().unwrap()["message_type"], "summary");
+}
+
+#[test]
+fn an_engine_that_hangs_is_abandoned_within_a_second() {
+    let (session, json, people) = session(view());
+    let (wake, (undone, was_undone)) = (session.wake.clone(), mpsc::channel());
+    let (sent, at) = mpsc::channel();
+    let ending = session.run(options(), move |_, job, monitor| {
+        begin(job, monitor, TargetKind::File);
+        job.on_abandon(move || undone.send(()).unwrap());
+        sent.send(Instant::now()).unwrap();
+        wake.send(Wake::Signal(SIGINT)).unwrap();
+        hang()
+    });
+    let took = at.recv().unwrap().elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    was_undone.recv_timeout(BOUND).unwrap();
+    assert_eq!(ending, Ending { code: 130, signal: Some(SIGINT), abandoned: true });
+    assert_eq!(records_until_last(json)["target_state"], "removed");
+    let line = "drive-backup: ended by SIGINT: the job hangs and was abandoned; the partial copy was removed\n";
+    assert_eq!(text(people), line);
+}
+
+/// The engine's thread still holds the monitor, and with it the way in.
+fn records_until_last(end: PipeReader) -> Value {
+    records(end).pop().unwrap()
+}
+
+#[test]
+fn a_second_interrupt_does_not_wait_for_the_grace() {
+    let (session, json, _people) = session(view());
+    let wake = session.wake.clone();
+    let (sent, at) = mpsc::channel();
+    let ending = session.run(options(), move |_, job, monitor| {
+        begin(job, monitor, TargetKind::Device);
+        sent.send(Instant::now()).unwrap();
+        wake.send(Wake::Signal(SIGINT)).unwrap();
+        wake.send(Wake::Signal(SIGINT)).unwrap();
+        hang()
+    });
+    let took = at.recv().unwrap().elapsed();
+    assert!(took < GRACE, "{took:?}");
+    assert_eq!(ending.signal, Some(SIGINT));
+    assert_eq!(records_until_last(json)["target_state"], "incomplete");
+}
+
+#[test]
+fn an_undoing_that_hangs_too_is_said_and_left() {
+    let (session, json, _people) = session(view());
+    let wake = session.wake.clone();
+    let (sent, at) = mpsc::channel();
+    let ending = session.run(options(), move |_, job, monitor| {
+        begin(job, monitor, TargetKind::File);
+        job.on_abandon(|| hang());
+        sent.send(Instant::now()).unwrap();
+        wake.send(Wake::Signal(SIGTERM)).unwrap();
+        hang()
+    });
+    let took = at.recv().unwrap().elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(ending.abandoned);
+    assert_eq!(records_until_last(json)["target_state"], "incomplete");
+}
+
+#[test]
+fn readers_that_stopped_cost_two_seconds_and_no_more() {
+    let (session, json, people) = session(view());
+    let began = Instant::now();
+    let ending = session.run(options(), |_, job, monitor| {
+        begin(job, monitor, TargetKind::File);
+        for _ in 0..2000 {
+            monitor.event(Event::Fault { error: &no_space(), action: Action::Stop });
+        }
+        copy(job, monitor);
+        Ok(summary(Vec::new()))
+    });
+    let took = began.elapsed();
+    assert_eq!(ending, Ending::with_code(0));
+    assert!(took >= LAST_RECORD_BOUND && took < LAST_RECORD_BOUND + Duration::from_secs(2), "{took:?}");
+    drop((json, people));
+}
+
+#[test]
+fn readers_that_are_gone_cost_nothing() {
+    let (session, json, people) = session(view());
+    drop((json, people));
+    let began = Instant::now();
+    let ending = session.run(options(), |_, job, monitor| {
+        copy(job, monitor);
+        monitor.event(Event::Fault { error: &no_space(), action: Action::Ignore });
+        Ok(summary(Vec::new()))
+    });
+    assert_eq!(ending, Ending::with_code(0));
+    assert!(began.elapsed() < LAST_RECORD_BOUND, "{:?}", began.elapsed());
+}
+
+#[test]
+fn the_speed_limit_goes_off_and_on() {
+    let job = Job::new(Some(50 << 20));
+    assert!(toggle_speed(&job, Some(50 << 20)).contains("off"));
+    assert_eq!(job.speed(), None);
+    assert!(toggle_speed(&job, Some(50 << 20)).contains("50.0 MiB/s again"));
+    assert_eq!(job.speed(), Some(50 << 20));
+    assert!(toggle_speed(&Job::new(None), None).contains("no --speed"));
+}

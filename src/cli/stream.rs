@@ -1,0 +1,68 @@
+//! Standard output and standard error as this process writes them: whole lines, from threads that may block.
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::fstat;
+use rustix::process::getpgrp;
+use rustix::termios::tcgetpgrp;
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsFd, OwnedFd};
+
+/// A descriptor of its own, so that no lock of the standard library is held while a write blocks.
+pub struct Stream(File);
+
+impl Stream {
+    /// A duplicate of `end`.
+    pub fn duplicate(end: impl AsFd) -> io::Result<Self> {
+        Ok(Self(File::from(OwnedFd::from(end.as_fd().try_clone_to_owned()?))))
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.0.write(bytes) {
+                // Another process may have made the shared description non-blocking.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], None)?;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Is this process in the terminal's foreground? One in the background must not read from it, nor draw on it.
+pub fn in_foreground(terminal: impl AsFd) -> bool {
+    tcgetpgrp(terminal).is_ok_and(|group| group == getpgrp())
+}
+
+/// Does `end` lead to systemd's journal, as `JOURNAL_STREAM` says? It does not where it was redirected since.
+pub fn is_journal(end: impl AsFd, journal_stream: Option<&str>) -> bool {
+    let named = || {
+        let (device, inode) = journal_stream?.split_once(':')?;
+        Some((device.parse::<u64>().ok()?, inode.parse::<u64>().ok()?))
+    };
+    named().is_some_and(|(device, inode)| fstat(end).is_ok_and(|found| (found.st_dev, found.st_ino) == (device, inode)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn the_journal_is_known_by_device_and_inode() {
+        let file = tempfile::tempfile().unwrap();
+        let found = file.metadata().unwrap();
+        let name = format!("{}:{}", found.dev(), found.ino());
+        assert!(is_journal(&file, Some(&name)));
+        for other in [None, Some(""), Some("1"), Some("x:y"), Some(&*format!("{}:{}", found.dev(), found.ino() + 1))] {
+            assert!(!is_journal(&file, other), "{other:?}");
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! Listens to the engine and looks at the job; passes both on to people and programs. Nothing here blocks.
+
+use super::json::{self, Body, Device, Fault, PathName, Start, Status, Target, Warning};
+use super::progress::pace::{Pace, View};
+use super::progress::{self, Display};
+use super::records::Records;
+use crate::error::Error;
+use crate::ground::policy::Action;
+use crate::ground::status::{Pause, Phase};
+use crate::job::Job;
+use crate::monitor::{self, Event, Instant, Monitor, Started, TargetKind};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+/// Phases and pauses are noticed this soon.
+const LOOK: Duration = Duration::from_millis(100);
+/// A dying disk has millions of bad ranges: people get so many lines, programs get all.
+const MOST_FAULT_LINES: u64 = 100;
+
+/// The monitor of a run.
+pub struct Watch {
+    pub job: Arc<Job>,
+    pub display: Display,
+    pub records: Option<Records>,
+    pub quiet: bool,
+    pub verbose: bool,
+    /// Set when the instant is taken.
+    pub target_kind: OnceLock<TargetKind>,
+    pub warnings: AtomicU64,
+    pub fault_lines: AtomicU64,
+}
+
+impl Monitor for Watch {
+    fn event(&self, event: Event<'_>) {
+        match event {
+            Event::Started(started) => {
+                // Once a run: a second event would be about the same target.
+                let _ = self.target_kind.set(started.target_kind);
+                self.record(|| Body::Start(Box::new(self.start(started))));
+                if self.verbose {
+                    self.display.say(&progress::started(started));
+                }
+            }
+            Event::Warning(warning) => {
+                self.warnings.fetch_add(1, Relaxed);
+                self.record(|| Body::Warning(warning_record(warning)));
+                if !self.quiet {
+                    self.display.say(&format!("warning: {}", warning.message));
+                }
+            }
+            Event::Fault { error, action } => {
+                self.record(|| Body::Error(fault_record(error, action)));
+                self.say_fault(error, action);
+            }
+        }
+    }
+}
+
+impl Watch {
+    fn record(&self, body: impl FnOnce() -> Body) {
+        if let Some(records) = &self.records {
+            records.push(body());
+        }
+    }
+
+    fn say_fault(&self, error: &Error, action: Action) {
+        let what_now = match action {
+            // The run ends with this error: its last line says so.
+            Action::Report => return,
+            Action::Ignore => "going on without it".to_owned(),
+            Action::Stop => {
+                format!("stopped; press Enter to go on, or send SIGCONT to {}", std::process::id())
+            }
+        };
+        match (self.fault_lines.fetch_add(1, Relaxed), action) {
+            (MOST_FAULT_LINES, Action::Ignore) => self.display.say("further errors are counted, not shown"),
+            (shown, Action::Ignore) if shown > MOST_FAULT_LINES => {}
+            _ => self.display.say(&format!("{error}; {what_now}")),
+        }
+    }
+
+    fn start(&self, started: &Started) -> Start {
+        let now = self.job.snapshot();
+        let target = started.target.as_deref().unwrap_or(Path::new("-"));
+        Start {
+            version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
+            device: Device {
+                name: PathName::of(&started.device),
+                format: started.source_format,
+                virtual_size: started.virtual_size,
+            },
+            target: Target {
+                name: PathName::of(target),
+                format: started.target_format,
+                kind: match started.target_kind {
+                    TargetKind::File => "file",
+                    TargetKind::Existing => "existing",
+                    TargetKind::Device => "device",
+                    TargetKind::Stdout => "stdout",
+                },
+            },
+            point_in_time: json::time(started.point_in_time),
+            instant: match started.instant {
+                Instant::Unchanging => "unchanging",
+                Instant::Reflink => "reflink",
+                Instant::Frozen => "frozen",
+                Instant::Unchecked => "unchecked",
+            },
+            speed_limit: now.speed_limit,
+            writers: now.writers.map_or(0, |writers| writers.attached),
+            overlay: now.overlay.map(Into::into),
+        }
+    }
+}
+
+fn warning_record(warning: &monitor::Warning) -> Warning {
+    Warning {
+        code: warning.code,
+        offset: warning.range.map(|range| range.offset),
+        length: warning.range.map(|range| range.length),
+        errno: warning.errno.map(json::errno_name),
+        message: warning.message.clone(),
+    }
+}
+
+fn fault_record(error: &Error, action: Action) -> Fault {
+    let place = error.place();
+    let range = place.and_then(|place| place.range);
+    Fault {
+        during: place.map_or("", |place| place.during),
+        side: place.map(|place| place.side.to_string()),
+        name: place.and_then(|place| place.path.as_deref()).map(PathName::of),
+        offset: range.map(|range| range.offset),
+        length: range.map(|range| range.length),
+        errno: error.errno().map(json::errno_name),
+        errno_num: error.errno(),
+        action: action.name(),
+        message: error.to_string(),
+        fatal: action == Action::Report,
+    }
+}
+
+/// Pushes a status record at every interval, when phase or pause change, and whenever `asked` says so. Returns when
+/// the other end of `asked` is gone.
+pub fn report_status(job: &Job, records: &Records, interval: Duration, asked: &Receiver<()>) {
+    let began = std::time::Instant::now();
+    let mut pace = Pace::default();
+    let mut next = interval;
+    let mut last: Option<(Phase, Option<Pause>)> = None;
+    loop {
+        let wanted = match asked.recv_timeout(LOOK) {
+            Ok(()) => true,
+            Err(RecvTimeoutError::Timeout) => false,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        let view = pace.look(began.elapsed(), job.snapshot());
+        let state = (view.job.phase, view.job.paused);
+        let changed = last.is_some_and(|last| last != state);
+        last = Some(state);
+        if wanted || changed || view.elapsed >= next {
+            records.push(Body::Status(Box::new(status_record(&view))));
+            next = view.elapsed + interval;
+        }
+    }
+}
+
+fn status_record(view: &View) -> Status {
+    let job = &view.job;
+    Status {
+        phase: job.phase.name(),
+        status: view.status(),
+        percent_done: (view.percent * 10_000.0).floor() / 10_000.0,
+        total_bytes: job.total,
+        bytes_done: job.done(),
+        bytes_data: job.data,
+        bytes_zero: job.zero,
+        rate: view.rate,
+        rate_avg: view.rate_avg,
+        speed_limit: job.speed_limit,
+        seconds_elapsed: view.elapsed.as_secs(),
+        seconds_remaining: view.remaining.map(|left| left.as_secs()),
+        seconds_stalled: view.stalled.as_secs(),
+        error_count: job.errors,
+        overlay: job.overlay.map(Into::into),
+        writer: job.writers.map(Into::into),
+    }
+}

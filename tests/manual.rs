@@ -1,0 +1,44 @@
+//! man/ and completions/ are what the flags say. `UPDATE=1 cargo test --test manual` writes them anew.
+
+#![cfg(feature = "cli")]
+
+use drive_backup::cli::manual::{completions, page};
+use std::path::Path;
+use std::process::Command;
+use std::{env, fs};
+
+fn check(path: &str, expected: &[u8]) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    if env::var_os("UPDATE").is_some_and(|value| value == "1") {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, expected).unwrap();
+    }
+    let found = fs::read(&path).unwrap_or_default();
+    assert!(found == expected, "{} is stale: UPDATE=1 cargo test --test manual", path.display());
+}
+
+#[test]
+fn the_manual_page_is_up_to_date() {
+    check("man/drive-backup.1", &page().unwrap());
+}
+
+#[test]
+fn the_completions_are_up_to_date() {
+    for (name, script) in completions() {
+        check(&format!("completions/{name}"), &script);
+    }
+}
+
+#[test]
+fn the_manual_page_renders_without_a_warning() {
+    let file = tempfile::Builder::new().suffix(".1").tempfile().unwrap();
+    fs::write(file.path(), page().unwrap()).unwrap();
+    let mut man = Command::new("man");
+    man.args(["--warnings", "--encoding=utf8", "-l"]).arg(file.path());
+    let output = man.env("MANWIDTH", "100").env("LC_ALL", "C.UTF-8").output().expect("man is installed");
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    for section in ["NAME", "OPTIONS", "EXAMPLES", "EXIT STATUS", "SIGNALS", "JSON", "WHAT EXIT 0 PROMISES"] {
+        assert!(text.lines().any(|line| line == section), "{section} is missing");
+    }
+}
