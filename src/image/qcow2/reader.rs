@@ -1,6 +1,6 @@
 //! A qcow2 image, read-only: its active state, as one layer. Internal snapshots and bitmaps are left alone.
 
-use super::batch::{Batch, Part};
+use super::batch::Batch;
 use super::cache::Cache;
 use super::decompress::Scratch;
 use super::header::{Header, V3_LENGTH_WITH_COMPRESSION, incompatible};
@@ -68,7 +68,7 @@ impl Qcow2 {
         }
     }
 
-    /// Inflates whole clusters and parts of them, side by side in the guest, into `buf`.
+    /// Inflates the clusters of `batch` into `buf`, whole and side by side.
     fn inflate(&self, batch: &Batch, buf: &mut [u8]) -> io::Result<()> {
         Scratch::lend(|scratch| {
             let length = (batch.end - batch.start) as usize;
@@ -76,28 +76,23 @@ impl Qcow2 {
                 scratch.input.resize(length, 0);
             }
             self.file.read_at(&mut scratch.input[..length], batch.start)?;
-            let mut rest = buf;
-            for part in &batch.parts {
-                self.inflate_part(scratch, batch.start, part, take(&mut rest, part.range.length))?;
+            for (part, output) in batch.parts.iter().zip(buf.chunks_exact_mut(self.header.cluster_size() as usize)) {
+                let start = (part.bytes.offset - batch.start) as usize;
+                let input = start..start + part.bytes.length as usize;
+                scratch.inflate(self.header.compression, input, output).map_err(|why| part.damaged(&why))?;
             }
             Ok(())
         })
     }
 
-    fn inflate_part(&self, scratch: &mut Scratch, start: u64, part: &Part, output: &mut [u8]) -> io::Result<()> {
-        let at = (part.bytes.offset - start) as usize;
-        let input = at..at + part.bytes.length as usize;
-        let mut inflate = |output: &mut [u8]| {
-            scratch.inflate(self.header.compression, input.clone(), output).map_err(|why| part.damaged(&why))
-        };
-        if output.len() as u64 == self.header.cluster_size() {
-            return inflate(output);
-        }
-        let within = (part.range.offset - part.cluster) as usize;
+    /// Fills `output` with a part of the only cluster of `batch`.
+    fn inflate_part(&self, batch: &Batch, output: &mut [u8]) -> io::Result<()> {
+        let part = &batch.parts[0];
         let cluster = self.map.cache().cluster(part.cluster, || {
             let mut cluster = vec![0; self.header.cluster_size() as usize];
-            inflate(&mut cluster).map(|()| cluster.into())
+            self.inflate(batch, &mut cluster).map(|()| cluster.into())
         })?;
+        let within = (part.range.offset - part.cluster) as usize;
         output.copy_from_slice(&cluster[within..within + output.len()]);
         Ok(())
     }
@@ -152,11 +147,16 @@ impl Image for Qcow2 {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let range = ByteRange::new(offset, buf.len() as u64);
         debug_assert!(range.end() <= self.length());
+        let cluster_size = self.header.cluster_size();
         let mut runs = self.runs(range).peekable();
         let mut rest = buf;
         while let Some(run) = runs.next() {
             if let Some(mut batch) = Batch::of(&run) {
-                while runs.next_if(|next| batch.join(next)).is_some() {}
+                if run.range.length < cluster_size {
+                    self.inflate_part(&batch, take(&mut rest, run.range.length))?;
+                    continue;
+                }
+                while runs.next_if(|next| next.range.length == cluster_size && batch.join(next)).is_some() {}
                 self.inflate(&batch, take(&mut rest, batch.guest_length()))?;
                 continue;
             }
@@ -195,3 +195,6 @@ impl Image for Qcow2 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
