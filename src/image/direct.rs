@@ -46,6 +46,11 @@ impl Direct {
         (head, middle)
     }
 
+    /// Whether `length` bytes are whole blocks.
+    pub fn is_whole(&self, length: usize) -> bool {
+        length.is_multiple_of(self.alignment)
+    }
+
     /// Reads whole blocks, at most `buf.len()` bytes; 0 at the end of the file. Short reads happen.
     pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         if self.is_aligned(buf) {

@@ -65,6 +65,20 @@ impl Mount {
         Self { folder, _home: Some(home) }
     }
 
+    /// The file system on `device`.
+    pub fn of(device: &Path) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        run("mount", &[text(device), text(folder.path())]);
+        Self { folder, _home: None }
+    }
+
+    /// `source` under another path.
+    pub fn bind(source: &Path) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        run("mount", &["--bind", text(source), text(folder.path())]);
+        Self { folder, _home: None }
+    }
+
     /// A tmpfs that holds `size` bytes.
     pub fn tmpfs(size: u64) -> Self {
         let folder = tempfile::tempdir().unwrap();
@@ -91,7 +105,8 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        run("umount", &[text(self.folder.path())]);
+        // Lazily: a child that another test just forked has our descriptors until it executes its program.
+        run("umount", &["-l", text(self.folder.path())]);
     }
 }
 

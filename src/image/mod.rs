@@ -1,18 +1,24 @@
 //! The two ends of a copy: one trait, and a file for each kind of end.
 
 pub mod chain;
+pub mod clone;
 pub mod direct;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod format;
 mod holes;
+pub mod identity;
 pub mod lock;
 pub mod medium;
+pub mod null;
 pub mod open;
 pub mod probe;
 pub mod qcow2;
 pub mod raw;
+pub mod stability;
+pub mod stream;
 mod sys;
+pub mod target;
 
 use crate::ground::range::{ByteRange, Extent};
 use std::fs::File;

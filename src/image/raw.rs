@@ -177,7 +177,7 @@ impl Raw {
             match direct.read(&mut middle_buf[done..], at) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 // A short read ends at an odd byte or at the end of the file: the cache knows the rest.
-                Ok(n) if n as u64 % direct.alignment() != 0 || n == 0 => {
+                Ok(n) if n == 0 || !direct.is_whole(n) => {
                     return self.read_buffered(&mut buf[head + done..], at);
                 }
                 Ok(n) => done += n,
@@ -193,7 +193,7 @@ impl Raw {
         let mut done = head;
         while done < head + middle {
             match direct.write(&buf[done..head + middle], offset + done as u64) {
-                Ok(n) if n > 0 && n as u64 % direct.alignment() == 0 => done += n,
+                Ok(n) if n > 0 && direct.is_whole(n) => done += n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
                 // Short at an odd byte: the full disk shows in the cached write that follows.

@@ -16,13 +16,15 @@ mod raw {
     // linux/loop.h: LOOP_GET_STATUS64.
     nix::ioctl_read_bad!(loop_get_status64, 0x4C05, LoopStatus);
 
-    /// `struct loop_info64` of linux/loop.h: 232 bytes, of which the first 24 matter here.
+    /// `struct loop_info64` of linux/loop.h: 232 bytes, of which the first 40 matter here.
     #[repr(C)]
     pub struct LoopStatus {
         pub device: u64,
         pub inode: u64,
         pub rdevice: u64,
-        pub rest: [u64; 26],
+        pub offset: u64,
+        pub size_limit: u64,
+        pub rest: [u64; 24],
     }
     const _: () = assert!(size_of::<LoopStatus>() == 232);
     const _: () = assert!(size_of::<libc::off64_t>() == 8);
@@ -45,13 +47,31 @@ pub fn discard_device(file: &File, range: ByteRange) -> io::Result<()> {
     Ok(())
 }
 
+/// What a loop device is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoopBacking {
+    /// The file's own.
+    pub identity: Identity,
+    /// The device number, when the backing file is a block device.
+    pub block_device: Option<u64>,
+    /// First byte of the file that the device shows.
+    pub offset: u64,
+    /// Bytes of the file that it shows at most; `None`: up to the file's end.
+    pub size_limit: Option<u64>,
+}
+
 /// The file behind a loop device; `ENXIO` when it has none, `ENOTTY` when `file` is no loop device.
-pub fn loop_backing(file: &File) -> io::Result<Identity> {
-    let mut status = raw::LoopStatus { device: 0, inode: 0, rdevice: 0, rest: [0; 26] };
+pub fn loop_backing(file: &File) -> io::Result<LoopBacking> {
+    let mut status = raw::LoopStatus { device: 0, inode: 0, rdevice: 0, offset: 0, size_limit: 0, rest: [0; 24] };
     // SAFETY: LOOP_GET_STATUS64 fills a struct loop_info64, whose size LoopStatus has (asserted above); every bit
     // pattern is a valid LoopStatus.
     unsafe { raw::loop_get_status64(file.as_raw_fd(), &mut status) }?;
-    Ok(Identity { device: decode_device(status.device), inode: status.inode })
+    Ok(LoopBacking {
+        identity: Identity { device: decode_device(status.device), inode: status.inode },
+        block_device: Some(decode_device(status.rdevice)).filter(|&device| device != 0),
+        offset: status.offset,
+        size_limit: Some(status.size_limit).filter(|&limit| limit != 0),
+    })
 }
 
 /// The loop driver gives device numbers in the kernel's old wide encoding, stat gives glibc's.

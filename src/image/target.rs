@@ -1,0 +1,124 @@
+//! Targets that are written in place: a block device, or an image that exists.
+
+use super::Image;
+use super::identity;
+use super::lock::{self, Protection, Terms};
+use super::medium::{self, Access};
+use super::raw::Raw;
+use crate::error::{Error, Kind, Result, Side};
+use std::path::Path;
+
+/// An existing file or device, ours alone until it is dropped.
+#[derive(Debug)]
+pub struct InPlace {
+    /// Its bytes.
+    pub image: Raw,
+    /// The locks that keep others out, or why there are none.
+    pub protection: Protection,
+}
+
+/// Opens `path`, which exists, for writing in place, and changes nothing yet.
+///
+/// [`Kind::Busy`] when it is mounted, swapped to, claimed, or locked by anybody, a reader too. Whether it is the
+/// source is [`identity::refuse_same`]'s to say.
+pub fn open_in_place(path: &Path) -> Result<InPlace> {
+    identity::refuse_in_use(path)?;
+    let (file, _) = medium::open(path, Access::Write, Side::Target)?;
+    let protection = lock::acquire(&file, path, Side::Target, Terms::Write)?;
+    // A second backup in place of a file system without QEMU's locks ends here at the latest, or is warned about.
+    let image = Raw::of(file).map_err(|e| Error::file(Side::Target, "open", path, e))?;
+    Ok(InPlace { image, protection })
+}
+
+/// Refuses a target whose size in bytes differs from the source's: a smaller one can't hold it, and in a larger one
+/// old bytes would follow the copy. [`Kind::Usage`].
+pub fn refuse_other_size(source: u64, path: &Path, target: u64) -> Result<()> {
+    if source == target {
+        return Ok(());
+    }
+    let which = if target < source { "too small" } else { "too large" };
+    let what = format!(
+        "source and target image have different sizes: target '{}' is {which} with {target} bytes, the source has {source}",
+        path.display()
+    );
+    Err(Error::new(Kind::Usage, what))
+}
+
+/// Refuses a raw target of another size than the source before anything is touched.
+pub fn open_in_place_sized(path: &Path, source: u64) -> Result<InPlace> {
+    let opened = open_in_place(path)?;
+    refuse_other_size(source, path, opened.image.length())?;
+    Ok(opened)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::fixture::{LoopDevice, Mount, QemuIo, run, sparse_file, text};
+
+    fn image(folder: &tempfile::TempDir) -> std::path::PathBuf {
+        let path = folder.path().join("disk.raw");
+        sparse_file(&path, 1 << 20);
+        path
+    }
+
+    #[test]
+    fn a_file_and_a_device_are_opened_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = image(&folder);
+        let first = open_in_place(&path).unwrap();
+        assert!(matches!(first.protection, Protection::Locked(_)));
+        assert_eq!(open_in_place(&path).unwrap_err().kind(), Kind::Busy);
+        drop(first);
+        let device = LoopDevice::over(&path, &[]);
+        let first = open_in_place(device.path()).unwrap();
+        assert_eq!(open_in_place(device.path()).unwrap_err().kind(), Kind::Busy);
+        first.image.write_at(b"abc", 5).unwrap();
+    }
+
+    #[test]
+    fn an_image_that_a_qemu_reads_is_busy() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = image(&folder);
+        let _qemu = QemuIo::open(&path, &["-r"]);
+        assert_eq!(open_in_place(&path).unwrap_err().kind(), Kind::Busy);
+    }
+
+    #[test]
+    fn a_mounted_device_is_busy_and_so_is_the_file_behind_it() {
+        let mount = Mount::fresh("ext4");
+        let device = run("findmnt", &["-n", "-o", "SOURCE", text(mount.path())]);
+        let file = run("losetup", &["-n", "-O", "BACK-FILE", &device]);
+        for path in [&device, &file] {
+            let error = open_in_place(Path::new(path)).unwrap_err();
+            assert_eq!(error.kind(), Kind::Busy);
+            assert_eq!(error.to_string(), format!("target '{path}' is mounted at '{}'", mount.path().display()));
+        }
+    }
+
+    #[test]
+    fn another_size_is_refused_before_anything_is_touched() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = image(&folder);
+        std::fs::write(&path, "old").unwrap();
+        for (source, which) in
+            [(2, "too large with 3 bytes, the source has 2"), (4, "too small with 3 bytes, the source has 4")]
+        {
+            let error = open_in_place_sized(&path, source).unwrap_err();
+            let shown = path.display();
+            let expected = format!("source and target image have different sizes: target '{shown}' is {which}");
+            assert_eq!((error.kind(), error.to_string()), (Kind::Usage, expected));
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(open_in_place_sized(&path, 3).unwrap().image.length(), 3);
+    }
+
+    #[test]
+    fn what_does_not_exist_is_not_created() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("none");
+        let error = open_in_place(&path).unwrap_err();
+        assert_eq!(error.to_string(), format!("open target '{}': No such file or directory", path.display()));
+        assert!(!path.exists());
+    }
+}
