@@ -132,11 +132,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig {
-            cases: if cfg!(miri) { 5 } else { 500 },
-            failure_persistence: None,
-            ..ProptestConfig::default()
-        })]
+        #![proptest_config(crate::ground::cases(500))]
 
         #[test]
         fn bitmap_agrees_with_a_vec_of_bool(

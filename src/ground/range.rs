@@ -117,11 +117,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig {
-            cases: if cfg!(miri) { 5 } else { 500 },
-            failure_persistence: None,
-            ..ProptestConfig::default()
-        })]
+        #![proptest_config(crate::ground::cases(500))]
 
         #[test]
         fn ranges_agree_with_sets_of_bytes(a in 0..50u64, b in 0..50u64, c in 0..50u64, d in 0..50u64) {

@@ -252,6 +252,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::ground::cases(256))]
+
         #[test]
         fn no_text_panics(text in "\\PC{0,24}") {
             let _ = parse_rate(&text);

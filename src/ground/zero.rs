@@ -42,6 +42,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::ground::cases(256))]
+
         #[test]
         fn runs_alternate_and_cover_everything(blocks in proptest::collection::vec(any::<bool>(), 0..40), tail in 0usize..7) {
             let mut bytes: Vec<u8> = blocks.iter().flat_map(|&set| [0, 0, 0, 0, 0, 0, u8::from(set)]).collect();

@@ -402,11 +402,7 @@ fn seed() -> impl Strategy<Value = Seed> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: if cfg!(miri) { 5 } else { 500 },
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(crate::ground::cases(500))]
 
     #[test]
     fn random_interleavings_agree_with_the_naive_table(
