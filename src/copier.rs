@@ -188,7 +188,14 @@ impl<'a> Copier<'a> {
         let bytes = &mut buffer[..range.length as usize];
         for (piece, holder) in claim.pieces() {
             let at = (piece.offset - range.offset) as usize;
-            self.read(&mut bytes[at..at + piece.length as usize], piece, holder)?;
+            let bytes = &mut bytes[at..at + piece.length as usize];
+            match (holder, self.ends.overlay) {
+                // What the overlay loses is lost, whatever the policy: the source has moved on.
+                (Holder::Overlay, Some(overlay)) => {
+                    overlay.read_at(bytes, piece.offset).map_err(|e| Error::io(Side::Overlay, "read", piece, e))?;
+                }
+                _ => self.read(bytes, piece)?,
+            }
         }
         claim.source_read();
         let (mut data, mut zero) = (0, 0);
@@ -218,21 +225,12 @@ impl<'a> Copier<'a> {
         }
     }
 
-    fn read(&self, bytes: &mut [u8], range: ByteRange, holder: Holder) -> Result<()> {
-        let (side, policy) = match holder {
-            Holder::Source => (Side::Source, self.rules.on_source_error),
-            // What the overlay loses is lost: the source has moved on.
-            Holder::Overlay => (Side::Overlay, OnError::Report),
-        };
-        self.with_policy(side, "read", policy, range, |piece| {
+    fn read(&self, bytes: &mut [u8], range: ByteRange) -> Result<()> {
+        self.with_policy(Side::Source, "read", self.rules.on_source_error, range, |piece| {
             let at = (piece.offset - range.offset) as usize;
             let bytes = &mut bytes[at..at + piece.length as usize];
-            let result = match (holder, self.ends.overlay) {
-                (Holder::Overlay, Some(overlay)) => overlay.read_at(bytes, piece.offset),
-                _ => self.ends.source.read_at(bytes, piece.offset),
-            };
             // What is ignored reads as zeroes, whatever a failed read has left in the buffer.
-            result.inspect_err(|_| bytes.fill(0))
+            self.ends.source.read_at(bytes, piece.offset).inspect_err(|_| bytes.fill(0))
         })
     }
 

@@ -20,6 +20,8 @@
 pub mod backup;
 #[cfg(feature = "cli")]
 pub mod cli;
+#[cfg(feature = "engine")]
+pub mod copier;
 pub mod error;
 pub mod ground;
 #[cfg(feature = "engine")]

@@ -1,3 +1,5 @@
 //! The command. It only turns a result into an exit code.
 
-fn main() {}
+fn main() {
+    drive_backup::cli::run(drive_backup::backup::run).exit()
+}

@@ -87,3 +87,10 @@ pub struct Warning {
     /// One line for people.
     pub message: String,
 }
+
+impl Warning {
+    /// About no particular bytes.
+    pub fn general(code: &'static str, message: String) -> Self {
+        Self { code, range: None, errno: None, message }
+    }
+}

@@ -28,6 +28,7 @@ pub struct Raw {
     is_fresh: bool,
     holes: Holes,
     writeback: Option<Writeback>,
+    flushes: bool,
     /// The errno of the first failed flush or write-back; 0 while all went well.
     lost: AtomicI32,
     no_seek_data: AtomicBool,
@@ -80,6 +81,7 @@ impl Raw {
             is_fresh: false,
             holes: Holes::default(),
             writeback: None,
+            flushes: true,
             lost: AtomicI32::new(0),
             no_seek_data: AtomicBool::new(false),
             last_data: Mutex::default(),
@@ -94,6 +96,16 @@ impl Raw {
     /// Starts write-back after every `step` bytes written, so that the last flush is short and errors show early.
     pub fn with_writeback(self, step: u64) -> Self {
         Self { writeback: Some(Writeback { step, pending: AtomicU64::new(0) }), ..self }
+    }
+
+    /// Leaves writing out to the kernel: [`Image::flush`] does nothing, and promises nothing.
+    pub fn without_flush(self) -> Self {
+        Self { flushes: false, ..self }
+    }
+
+    /// The file or device itself.
+    pub fn as_file(&self) -> &File {
+        &self.file
     }
 
     /// File or device.
@@ -324,6 +336,9 @@ impl Image for Raw {
         let errno = self.lost.load(Relaxed);
         if errno != 0 {
             return Err(io::Error::from_raw_os_error(errno));
+        }
+        if !self.flushes {
+            return Ok(());
         }
         self.file.sync_all().map_err(|e| self.lose(e))
     }

@@ -1,0 +1,55 @@
+//! Where the copy comes from: the source with every file that it is made of.
+
+use super::options::Options;
+use crate::error::Result;
+use crate::image::Image;
+use crate::image::format::Format;
+use crate::image::identity;
+use crate::image::open::{Source, SourceFile, SourceOptions, open_source};
+use crate::monitor::Warning;
+use std::path::Path;
+use std::sync::Arc;
+
+/// An opened source.
+pub struct Origin {
+    source: Source,
+}
+
+impl Origin {
+    /// Opens the image and its backing chain. Nothing is locked yet.
+    pub fn open(options: &Options) -> Result<Self> {
+        let how = SourceOptions { format: options.source_format, backing: options.backing, direct: options.direct };
+        Ok(Self { source: open_source(&options.device, &how)? })
+    }
+
+    /// Size of the disk in bytes.
+    pub fn length(&self) -> u64 {
+        self.source.image.length()
+    }
+
+    /// Of the image itself.
+    pub fn format(&self) -> Format {
+        self.source.format
+    }
+
+    /// The disk's contents.
+    pub fn image(&self) -> Arc<dyn Image> {
+        self.source.image.clone()
+    }
+
+    /// The image, its backing files, their data files.
+    pub fn files(&self) -> &[SourceFile] {
+        &self.source.files
+    }
+
+    /// What the user should know of it.
+    pub fn warnings(&self) -> impl Iterator<Item = Warning> {
+        self.source.warnings.iter().map(|message| Warning::general("source", message.clone()))
+    }
+
+    /// Fails when writing `target` would write one of the source's files, under whatever name.
+    pub fn refuse_as_target(&self, target: &Path) -> Result<()> {
+        let files: Vec<&Path> = self.files().iter().map(|file| file.path.as_path()).collect();
+        identity::refuse_same(target, &files)
+    }
+}
