@@ -20,7 +20,7 @@ pub struct Stream {
 }
 
 /// Zero bytes sent at once.
-const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 impl Stream {
     /// The process's stdout as a target of `length` bytes. A terminal is refused.
