@@ -13,7 +13,7 @@
 //! | 2 | `snapshot::tracker`, [`job`] | waits, does no I/O |
 //! | 3 | [`image`], `snapshot::overlay` | I/O |
 //! | 4 | [`copier`] | the worker loop |
-//! | 5 | [`backup`] | wires everything, joins everything |
+//! | 5 | [`backup`], [`publish`] | wires everything, joins everything |
 //! | 6 | `cli` | flags, terminal, exit codes |
 
 #[cfg(feature = "engine")]

@@ -2,10 +2,12 @@
 
 use super::Image;
 use super::identity;
-use super::lock::{self, Protection, Terms};
+use super::lock::{self, Mark, Protection, Terms};
 use super::medium::{self, Access};
 use super::raw::Raw;
 use crate::error::{Error, Kind, Result, Side};
+use std::fs::File;
+use std::io;
 use std::path::Path;
 
 /// An existing file or device, ours alone until it is dropped.
@@ -25,9 +27,21 @@ pub fn open_in_place(path: &Path) -> Result<InPlace> {
     identity::refuse_in_use(path)?;
     let (file, _) = medium::open(path, Access::Write, Side::Target)?;
     let protection = lock::acquire(&file, path, Side::Target, Terms::Write)?;
-    // A second backup in place of a file system without QEMU's locks ends here at the latest, or is warned about.
+    refuse_published(&file, path)?;
     let image = Raw::of(file).map_err(|e| Error::file(Side::Target, "open", path, e))?;
     Ok(InPlace { image, protection })
+}
+
+/// A backup that is about to publish under this name has marked the old file: what is written to that would be lost.
+fn refuse_published(file: &File, path: &Path) -> Result<()> {
+    match lock::mark(file, Mark::Exclusive) {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            Err(Error::new(Kind::Busy, format!("another backup is about to replace target '{}'", path.display())))
+        }
+        Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
+        Err(e) => Err(Error::file(Side::Target, "lock", path, e)),
+    }
 }
 
 /// Refuses a target whose size in bytes differs from the source's: a smaller one can't hold it, and in a larger one

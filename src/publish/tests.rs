@@ -423,6 +423,43 @@ fn an_old_target_that_a_qemu_writes_is_busy() {
 }
 
 #[test]
+fn a_target_is_either_replaced_or_written_in_place() {
+    use crate::image::target::open_in_place;
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("out");
+    std::fs::write(&target, "old").unwrap();
+    let publish = Publish::begin(&target).unwrap();
+    let error = open_in_place(&target).unwrap_err();
+    assert_eq!(error.kind(), Kind::Busy);
+    assert_eq!(error.to_string(), format!("another backup is about to replace target '{}'", target.display()));
+    publish.commit(true).unwrap();
+    let _in_place = open_in_place(&target).unwrap();
+    assert_eq!(Publish::begin(&target).err().unwrap().kind(), Kind::Busy);
+}
+
+/// The system calls of another test, by strace: that the steps do what they are called.
+#[test]
+fn the_kernel_is_asked_in_that_order() {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let test = std::env::current_exe().unwrap();
+    let calls = "trace=fsync,fdatasync,renameat,renameat2,unlinkat,fchmod";
+    let traced = "publish::tests::mode_and_owner_are_kept_and_nobody_reads_it_before";
+    run("strace", &["-f", "-y", "-o", text(log.path()), "-e", calls, text(&test), "--exact", traced]);
+    let log = content(log.path());
+    let shown = log.lines().filter(|line| line.contains("= 0")).filter_map(|line| {
+        let (call, arguments) = line.split_once(' ')?.1.trim_start().split_once('(')?;
+        let object = if arguments.contains("drive-backup-partial") { "partial" } else { "folder" };
+        let exchange = if arguments.contains("RENAME_EXCHANGE") { " exchange" } else { "" };
+        Some(format!("{call} {object}{exchange}"))
+    });
+    let shown: Vec<String> = shown.collect();
+    let expected =
+        ["fchmod partial", "fsync partial", "renameat2 partial exchange", "fsync folder", "unlinkat partial"];
+    let at = shown.iter().position(|call| call == expected[0]).unwrap_or_else(|| panic!("{log}"));
+    assert_eq!(shown[at..at + expected.len()], expected, "{log}");
+}
+
+#[test]
 fn it_works_on_every_file_system() {
     for mount in [Mount::fresh("xfs"), Mount::fresh("btrfs"), Mount::tmpfs(1 << 20)] {
         let target = mount.join("out");
