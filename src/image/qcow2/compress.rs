@@ -22,10 +22,11 @@ pub struct CompressOptions {
 }
 
 impl CompressOptions {
-    /// At the level of `kind` that is worth its time.
+    /// At the level that is worth its time. Zlib 3 is as small as qemu-img's (level 6) in less than half of its time;
+    /// 1 is a third larger, 6 saves one per cent. Zstd 1 is 2 per cent larger than 3 in two thirds of its time.
     pub fn default_of(kind: Compression) -> Self {
         let level = match kind {
-            Compression::Zlib => 1,
+            Compression::Zlib => 3,
             Compression::Zstd => 1,
         };
         Self { kind, level }

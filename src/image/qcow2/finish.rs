@@ -5,18 +5,15 @@
 
 use super::header::{CLUSTER_BITS, Compression, Header, L1_LIMIT, REFCOUNT_TABLE_LIMIT, incompatible};
 use super::run_map::{Place, Run, RunMap};
+use super::table::{COMPRESSED, COPIED, SECTOR};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use std::io;
 use std::ops::Range;
 
-const SECTOR: u64 = 512;
 const ENTRY: u64 = 8;
 const REFCOUNT_BITS: u64 = 16;
 
-/// Refcount is exactly one (specification: "L1 table entry", "L2 table entry").
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
 const PLAIN_OFFSET_BITS: u32 = 56;
 
 /// Bytes that are collected before they are written.

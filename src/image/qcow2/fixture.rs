@@ -3,6 +3,7 @@
 use crate::ground::range::{ByteRange, Extent};
 use crate::image::fixture::text;
 use crate::image::{Image, Properties};
+use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::process::Command;
@@ -162,4 +163,63 @@ pub fn qemu_img(arguments: &[&str]) -> (i32, String) {
     let output = Command::new("qemu-img").args(arguments).output().expect("qemu-img can be run");
     let said = [output.stdout, output.stderr].concat();
     (output.status.code().expect("qemu-img was not killed"), String::from_utf8_lossy(&said).into_owned())
+}
+
+/// Every cluster that the image in `file` refers to is within the file and counted at least so often, and no two
+/// entries share one, unless compressed. Written apart from what it checks.
+pub fn counted_well(file: &[u8]) -> Result<(), String> {
+    let word = |at: u64| {
+        let bytes = file.get(at as usize..at as usize + 8).ok_or(format!("{at:#x} is past the end"))?;
+        Ok::<_, String>(u64::from_be_bytes(bytes.try_into().unwrap()))
+    };
+    let offset = |entry: u64| entry & 0x00ff_ffff_ffff_fe00;
+    let size = 1u64 << file[23];
+    let width = if file[7] == 2 { 16 } else { 1u64 << file[99] };
+    let mut references = HashMap::<u64, (u64, u64)>::new();
+    let mut refer = |from: u64, to: u64, exclusive: u64| {
+        for cluster in from / size..to.div_ceil(size) {
+            let found = references.entry(cluster).or_default();
+            *found = (found.0 + 1, found.1 + exclusive);
+        }
+    };
+    refer(0, 1, 1);
+    let (l1, l1_length) = (word(40)?, u64::from(u32::from_be_bytes(file[36..40].try_into().unwrap())) * 8);
+    refer(l1, l1 + l1_length, 1);
+    let (table, table_length) = (word(48)?, u64::from(u32::from_be_bytes(file[56..60].try_into().unwrap())) * size);
+    refer(table, table + table_length, 1);
+    for at in (table..table + table_length).step_by(8) {
+        let block = word(at)?;
+        refer(block, block + u64::from(block != 0), 1);
+    }
+    for l1_at in (l1..l1 + l1_length).step_by(8) {
+        let l2 = offset(word(l1_at)?);
+        refer(l2, l2 + u64::from(l2 != 0), 1);
+        for at in (l2..l2 + size).step_by(8).filter(|_| l2 != 0) {
+            let entry = word(at)?;
+            if entry >> 62 & 1 == 1 {
+                let bits = 62 - (u32::from(file[23]) - 8);
+                let start = entry & ((1 << bits) - 1);
+                let sectors = (entry & ((1 << 62) - 1)) >> bits;
+                refer(start, (start / 512 + sectors + 1) * 512, 0);
+            } else if offset(entry) != 0 {
+                word(offset(entry) + size - 8)?;
+                refer(offset(entry), offset(entry) + 1, 1);
+            }
+        }
+    }
+    for (cluster, (all, exclusive)) in references {
+        let block = word(table + cluster / (size * 8 / width) * 8)?;
+        let index = cluster % (size * 8 / width);
+        let count = match width {
+            _ if block == 0 => 0,
+            1..=4 => u64::from(file[(block + index * width / 8) as usize] >> (index * width % 8)) & ((1 << width) - 1),
+            _ => {
+                (0..width / 8).fold(0, |n, byte| n << 8 | u64::from(file[(block + index * width / 8 + byte) as usize]))
+            }
+        };
+        if count < all || exclusive > 1 || exclusive == 1 && all > 1 {
+            return Err(format!("cluster {cluster}: counted {count}, {all} references, {exclusive} want it alone"));
+        }
+    }
+    Ok(())
 }

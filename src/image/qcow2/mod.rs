@@ -5,6 +5,7 @@
 //! file is untrusted: it is checked where it is decoded, and nothing is allocated by a size that was not bounded.
 
 mod batch;
+mod block_cache;
 mod bump;
 mod cache;
 mod compress;
@@ -13,14 +14,19 @@ mod decompress;
 mod finish;
 pub mod header;
 mod map;
+mod metadata;
 mod reader;
+mod refcount;
+mod region_lock;
 mod run_map;
 pub mod table;
+mod update;
 
 pub use cache::Cache;
 pub use compress::CompressOptions;
 pub use create::{CreateOptions, NewQcow2};
 pub use reader::Qcow2;
+pub use update::ExistingQcow2;
 
 #[cfg(test)]
 mod fixture;

@@ -7,13 +7,13 @@ use std::fmt;
 /// Bits 9 to 55: a host offset, in L1 entries and in descriptors of standard clusters.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bit 63: the refcount is exactly one. Readers don't need it, except with an external data file.
-const COPIED: u64 = 1 << 63;
+pub const COPIED: u64 = 1 << 63;
 /// Bit 62 of an L2 entry: the cluster is compressed.
-const COMPRESSED: u64 = 1 << 62;
+pub const COMPRESSED: u64 = 1 << 62;
 /// Bit 0 of an L2 entry without subclusters: the cluster reads as zeroes.
-const ZERO: u64 = 1;
+pub const ZERO: u64 = 1;
 /// Compressed data is counted in sectors of this size.
-const SECTOR: u64 = 512;
+pub const SECTOR: u64 = 512;
 
 /// What is wrong with an entry: one clause, to be completed with where the entry was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,6 +195,13 @@ impl L2Entry {
             (false, Some(offset)) => Ok(Cluster::Standard(offset)),
             (false, None) => Ok(Cluster::Unallocated),
         }
+    }
+
+    /// The host cluster that the entry holds, as data or in reserve under zeroes; `None` when it is compressed or has
+    /// none. Meant for entries that [`L2Entry::cluster`] took.
+    pub fn held(self) -> Option<u64> {
+        let offset = self.descriptor & OFFSET;
+        (self.descriptor & COMPRESSED == 0 && offset != 0).then_some(offset)
     }
 
     fn damage<T>(self, what: &'static str) -> Result<T, Damage> {

@@ -257,7 +257,7 @@ proptest! {
         let cluster = 1u64 << cluster_bits;
         let length = 45 * cluster + tail;
         let pair = Pair::new(length, options(cluster, compression));
-        let mut taken = vec![false; 64];
+        let mut taken = [false; 64];
         let mut rounds: Vec<Vec<_>> = vec![Vec::new()];
         for (first, count, kind) in order {
             // Writes that overlap go into different rounds.

@@ -1,0 +1,150 @@
+//! L2 tables and refcount blocks that are in memory, with what was changed in them: bounded in number.
+
+use crate::image::Image;
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+
+/// Blocks of one cluster each, by host offset.
+#[derive(Debug)]
+pub struct BlockCache {
+    block_size: usize,
+    limit: usize,
+    clock: u64,
+    blocks: HashMap<u64, Block>,
+}
+
+#[derive(Debug)]
+struct Block {
+    bytes: Box<[u8]>,
+    /// Bytes that the file does not have yet; empty when it has all.
+    dirty: Range<usize>,
+    used: u64,
+}
+
+/// Changes go to the file by sectors.
+const SECTOR: usize = 512;
+
+impl BlockCache {
+    /// At most `limit` blocks of `block_size` bytes.
+    pub fn new(block_size: u64, limit: usize) -> Self {
+        Self { block_size: block_size as usize, limit, clock: 0, blocks: HashMap::new() }
+    }
+
+    /// Is the block in memory?
+    pub fn contains(&self, offset: u64) -> bool {
+        self.blocks.contains_key(&offset)
+    }
+
+    /// Something is not in the file yet.
+    pub fn is_dirty(&self) -> bool {
+        self.blocks.values().any(|block| !block.dirty.is_empty())
+    }
+
+    /// Another block needs space first: [`BlockCache::forget_old`].
+    pub fn is_full(&self) -> bool {
+        self.blocks.len() >= self.limit
+    }
+
+    /// So full of dirty blocks that [`BlockCache::forget_old`] is no use: they have to be written.
+    pub fn is_crowded(&self) -> bool {
+        self.blocks.len() * 4 > self.limit * 3
+    }
+
+    /// Forgets the older half of what the file has, too. The cache may still be full of dirty blocks then.
+    pub fn forget_old(&mut self) {
+        let mut clean: Vec<u64> = self.blocks.values().filter(|b| b.dirty.is_empty()).map(|b| b.used).collect();
+        let middle = clean.len() / 2;
+        if clean.is_empty() {
+            return;
+        }
+        let (_, &mut newest_forgotten, _) = clean.select_nth_unstable(middle);
+        self.blocks.retain(|_, block| !block.dirty.is_empty() || block.used > newest_forgotten);
+    }
+
+    /// Reads the block at `offset` into memory; it is not there yet.
+    pub fn load(&mut self, file: &dyn Image, offset: u64) -> io::Result<()> {
+        let mut bytes = vec![0; self.block_size].into_boxed_slice();
+        file.read_at(&mut bytes, offset)?;
+        self.clock += 1;
+        self.blocks.insert(offset, Block { bytes, dirty: 0..0, used: self.clock });
+        Ok(())
+    }
+
+    /// A new block at `offset`: all of it goes to the file.
+    pub fn insert(&mut self, offset: u64, bytes: Box<[u8]>) {
+        debug_assert_eq!(bytes.len(), self.block_size);
+        self.clock += 1;
+        self.blocks.insert(offset, Block { dirty: 0..bytes.len(), bytes, used: self.clock });
+    }
+
+    /// The bytes of a block that is in memory.
+    pub fn get(&mut self, offset: u64) -> &[u8] {
+        self.clock += 1;
+        let block = self.blocks.get_mut(&offset).expect("loaded before");
+        block.used = self.clock;
+        &block.bytes
+    }
+
+    /// The same to change: `changed` are the bytes that will be.
+    pub fn get_mut(&mut self, offset: u64, changed: Range<usize>) -> &mut [u8] {
+        self.clock += 1;
+        let block = self.blocks.get_mut(&offset).expect("loaded before");
+        block.used = self.clock;
+        let (start, end) = (changed.start / SECTOR * SECTOR, changed.end.next_multiple_of(SECTOR));
+        block.dirty =
+            if block.dirty.is_empty() { start..end } else { block.dirty.start.min(start)..block.dirty.end.max(end) };
+        &mut block.bytes
+    }
+
+    /// Writes what the file does not have yet. After an error the rest is still dirty.
+    pub fn write(&mut self, file: &dyn Image) -> io::Result<()> {
+        let mut dirty: Vec<_> = self.blocks.iter_mut().filter(|(_, block)| !block.dirty.is_empty()).collect();
+        dirty.sort_unstable_by_key(|(offset, _)| **offset);
+        for (offset, block) in dirty {
+            file.write_at(&block.bytes[block.dirty.clone()], offset + block.dirty.start as u64)?;
+            block.dirty = 0..0;
+        }
+        Ok(())
+    }
+
+    /// The block's cluster has another use now.
+    pub fn remove(&mut self, offset: u64) {
+        self.blocks.remove(&offset);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{MemoryDisk, Operation};
+    use super::*;
+
+    #[test]
+    fn changes_go_to_the_file_by_sectors_and_once() {
+        let disk = MemoryDisk::of(vec![7; 16384]);
+        let mut cache = BlockCache::new(4096, 4);
+        cache.load(&disk, 4096).unwrap();
+        cache.get_mut(4096, 600..608)[600..608].fill(9);
+        cache.get_mut(4096, 1016..1024)[1016..1024].fill(9);
+        assert!(cache.is_dirty());
+        cache.write(&disk).unwrap();
+        cache.write(&disk).unwrap();
+        let log = disk.log();
+        let [Operation::Write { offset, bytes }] = &log[..] else { panic!("{log:?}") };
+        assert_eq!((*offset, bytes.len()), (4096 + 512, 512));
+        assert_eq!((bytes[600 - 512], bytes[1016 - 512], bytes[0]), (9, 9, 7));
+    }
+
+    #[test]
+    fn dirty_blocks_and_the_latest_stay() {
+        let disk = MemoryDisk::of(vec![0; 16 * 512]);
+        let mut cache = BlockCache::new(512, 4);
+        (0..4).for_each(|block| cache.load(&disk, block * 512).unwrap());
+        cache.get_mut(0, 0..8);
+        cache.get(512);
+        assert!(cache.is_full());
+        cache.forget_old();
+        assert!(cache.contains(0) && cache.contains(512));
+        assert!(!cache.contains(1024) && !cache.contains(1536));
+    }
+}
