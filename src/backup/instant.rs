@@ -58,10 +58,10 @@ impl Moment {
             }
         };
         let failed = |e| Error::file(Side::Source, "clone", path, e);
-        if let Some(target) = destination.clonable().filter(|_| options.sparse) {
-            if clone::clone_into(raw.as_file(), target.as_file()).map_err(failed)? {
-                return Ok(Some(moment(origin.image(), true)));
-            }
+        if let Some(target) = destination.clonable().filter(|_| options.sparse)
+            && clone::clone_into(raw.as_file(), target.as_file()).map_err(failed)?
+        {
+            return Ok(Some(moment(origin.image(), true)));
         }
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let Some(clone) = clone::clone_unlinked(raw.as_file(), folder).map_err(failed)? else { return Ok(None) };
