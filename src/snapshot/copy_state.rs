@@ -176,19 +176,41 @@ impl CopyState {
         claim.clusters = kept;
     }
 
+    /// Takes the dirty granules that follow a claim into it, as long as it stays within `limit` bytes. Before the
+    /// source is read.
+    pub fn grow(&mut self, claim: &mut Claim, limit: u64) {
+        let flight = Self::flight(&mut self.in_flight, claim.id);
+        debug_assert!(flight.work == Work::Copy { source_read: false }, "grown before it is read");
+        let end = flight.clusters.end;
+        let most = (limit / self.size.bytes()).saturating_sub(end - flight.clusters.start);
+        let granule = self.plan.granule / self.size.bytes();
+        let stop = end.saturating_add(most / granule * granule).min(self.dirty.len());
+        let whole = match self.dirty.next_clear(end, stop) {
+            Some(clear) => clear / granule * granule,
+            None => stop,
+        };
+        if whole > end {
+            flight.clusters.end = whole;
+            self.dirty.clear(end..whole);
+            self.cursor = self.cursor.max(whole);
+            claim.clusters.end = whole;
+            claim.range = self.size.bytes_of(claim.clusters.clone(), self.length);
+        }
+    }
+
+    /// The first piece of a claim, with who has it.
+    pub fn first_piece(&self, claim: &Claim) -> (ByteRange, Holder) {
+        self.piece(claim.clusters.clone())
+    }
+
     /// The pieces of a claim, in order, each with who has it. Stable until the claim is finished.
     pub fn pieces(&self, claim: &Claim) -> Vec<(ByteRange, Holder)> {
         let mut pieces = Vec::new();
-        let Clusters { mut start, end } = claim.clusters;
-        while start < end {
-            let (holder, stop) = if self.saved.get(start) {
-                (Holder::Overlay, self.saved.next_clear(start, end))
-            } else {
-                (Holder::Source, self.saved.next_set(start, end))
-            };
-            let stop = stop.unwrap_or(end);
-            pieces.push((self.size.bytes_of(start..stop, self.length), holder));
-            start = stop;
+        let mut rest = claim.range;
+        while !rest.is_empty() {
+            let piece = self.piece(self.size.covering(rest));
+            rest = ByteRange::between(piece.0.end(), rest.end());
+            pieces.push(piece);
         }
         pieces
     }
@@ -304,6 +326,17 @@ impl CopyState {
 
     fn must_preserve(&self, cluster: u64) -> bool {
         self.dirty.get(cluster) && !self.saved.get(cluster)
+    }
+
+    /// The first of `clusters` and those after it with the same holder.
+    fn piece(&self, clusters: Clusters) -> (ByteRange, Holder) {
+        let Clusters { start, end } = clusters;
+        let (holder, stop) = if self.saved.get(start) {
+            (Holder::Overlay, self.saved.next_clear(start, end))
+        } else {
+            (Holder::Source, self.saved.next_set(start, end))
+        };
+        (self.size.bytes_of(start..stop.unwrap_or(end), self.length), holder)
     }
 
     fn claim(&mut self, clusters: Clusters, work: Work) -> Claim {

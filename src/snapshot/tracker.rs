@@ -253,6 +253,19 @@ impl Claim<'_> {
         self.tracker.change().state.shrink(claim, length);
     }
 
+    /// Takes what follows into the claim, as far as it is dirty and in whole granules, up to `limit` bytes in all. For
+    /// runs of zeroes: data is better claimed in chunks, since writers wait for all of a claim. Only before
+    /// [`Claim::source_read`].
+    pub fn grow(&mut self, limit: u64) {
+        let claim = self.claim.as_mut().expect("held until finished");
+        self.tracker.lock().state.grow(claim, limit);
+    }
+
+    /// The first piece of the range, with who holds it.
+    pub fn first_piece(&self) -> (ByteRange, Holder) {
+        self.tracker.lock().state.first_piece(self.held())
+    }
+
     /// The pieces of the range, in order, each with who holds it. Stays true until the claim is finished or shrunk.
     pub fn pieces(&self) -> Vec<(ByteRange, Holder)> {
         self.tracker.lock().state.pieces(self.held())

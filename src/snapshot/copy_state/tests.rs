@@ -40,6 +40,7 @@ struct Held {
 enum Op {
     Claim { limit: u64, overlay_first: bool },
     Shrink { held: usize, length: u64 },
+    Grow { held: usize, limit: u64 },
     Read { held: usize },
     Finish { held: usize, ok: bool },
     Write { range: ByteRange },
@@ -85,6 +86,7 @@ impl World {
             Op::Claim { limit, overlay_first } => self.claim(limit, overlay_first),
             Op::Write { range } => self.write(range),
             Op::Shrink { held, length } => self.shrink(held, length),
+            Op::Grow { held, limit } => self.grow(held, limit),
             Op::Read { held } => self.read(held),
             Op::Finish { held, ok } => self.finish(held, ok),
         }
@@ -143,10 +145,32 @@ impl World {
         (after.end..before.end).for_each(|c| self.clusters[c as usize].moved = false);
     }
 
+    fn grow(&mut self, held: usize, limit: u64) {
+        let held = &mut self.held[held];
+        let before = held.claim.clusters.clone();
+        self.state.grow(&mut held.claim, limit);
+        let (after, length) = (held.claim.clusters.clone(), held.claim.range.length);
+        assert_eq!(before.start, after.start);
+        assert!(before == after || length <= limit.next_multiple_of(self.state.size.bytes()), "{length} of {limit}");
+        let granule = self.state.plan.granule / self.state.size.bytes();
+        let next = after.end..(after.end + granule).min(self.count());
+        for c in before.end..after.end {
+            let cluster = &mut self.clusters[c as usize];
+            assert!(matches!(cluster.place, Place::Source | Place::Overlay), "claimed what is not dirty");
+            assert!(!std::mem::replace(&mut cluster.moved, true), "one mover for a cluster");
+        }
+        let whole = after.end.is_multiple_of(granule) || after.end == self.count();
+        assert!(whole, "whole granules");
+        let available = |c: &Cluster| !c.moved && matches!(c.place, Place::Source | Place::Overlay);
+        let more = !next.is_empty() && next.clone().all(|c| available(&self.clusters[c as usize]));
+        assert!(!more || (after.end + granule - after.start) * self.state.size.bytes() > limit, "all that fits");
+    }
+
     /// What a copier gets when it reads each piece from the holder that it is told.
     fn bytes(&self, claim: &Claim) -> Vec<bool> {
         let mut bytes = Vec::new();
         let mut at = claim.range.offset;
+        assert_eq!(self.state.pieces(claim)[0], self.state.first_piece(claim));
         for (piece, holder) in self.state.pieces(claim) {
             assert_eq!(piece.offset, at, "pieces without a gap");
             at = piece.end();
@@ -304,6 +328,7 @@ impl World {
             ops.extend([true, false].map(|ok| Op::Finish { held, ok }));
             if *work == Work::Unread {
                 ops.push(Op::Read { held });
+                ops.push(Op::Grow { held, limit: 2 * granule });
                 ops.extend((claim.range.length > granule).then_some(Op::Shrink { held, length: granule }));
             }
         }
@@ -377,6 +402,7 @@ impl Seed {
                 (length < range.length).then_some(Op::Shrink { held: unread?, length })
             }
             4 | 5 => unread.map(|held| Op::Read { held }),
+            11 => unread.map(|held| Op::Grow { held, limit: 2 * self.length }),
             6 => held.map(|held| Op::Finish { held, ok: true }),
             // A failure after the release is the end: not often.
             7 => held
@@ -392,7 +418,7 @@ impl Seed {
 }
 
 fn seed() -> impl Strategy<Value = Seed> {
-    (0..11u8, 0..8usize, 0..400u64, 0..40u64, any::<bool>()).prop_map(|(which, held, offset, length, flag)| Seed {
+    (0..12u8, 0..8usize, 0..400u64, 0..40u64, any::<bool>()).prop_map(|(which, held, offset, length, flag)| Seed {
         which,
         held,
         offset,
