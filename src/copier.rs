@@ -130,12 +130,21 @@ impl<'a> Copier<'a> {
     /// Claims the next run of one kind: a chunk of data, or any length of zeroes.
     fn next(&self) -> Option<Found<'a>> {
         let mut data = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut claim = self.tracker.claim_next(SCAN)?;
+        let mut claim = self.tracker.claim_next(self.chunk())?;
         let granule = self.rules.granule;
-        let (first, holder) = claim.pieces()[0];
+        let (mut first, holder) = claim.first_piece();
         if holder == Holder::Source && !(data.offset..data.end()).contains(&first.offset) {
+            let source = self.ends.source;
+            let ahead = ByteRange::between(first.offset, first.offset.saturating_add(SCAN).min(source.length()));
+            let mut status = source.block_status(ahead);
+            if status.as_ref().is_ok_and(|extent| extent.allocation != Allocation::Data) {
+                // Looked at again: only what is claimed stays as it is.
+                claim.grow(SCAN);
+                first = claim.first_piece().0;
+                status = source.block_status(first);
+            }
             // Where the status can't be told, reading will tell what is wrong.
-            match self.ends.source.block_status(first) {
+            match status {
                 Ok(extent) if extent.allocation != Allocation::Data => {
                     let zero = extent.range.length / granule * granule;
                     let last = extent.range.end() == claim.range().end();
