@@ -199,6 +199,31 @@ fn a_preallocated_image_is_read_where_the_file_has_data() {
 }
 
 #[test]
+fn the_example_image_reads_as_qemu_reads_it() {
+    let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/images/disk.qcow2"));
+    agrees_with_qemu(&Folder::new(), path);
+    let source = open_source(path, &ANY).expect("opens");
+    assert_eq!((source.format, source.virtual_size), (Format::Qcow2, 16 << 20));
+    let mut magic = [0; 2];
+    source.image.read_at(&mut magic, 1024 + 0x38).expect("reads");
+    assert_eq!(magic, [0x53, 0xef], "an ext4 file system");
+}
+
+#[test]
+fn threads_read_one_image_at_once() {
+    let folder = Folder::new();
+    let path = mixed(&folder, "image.qcow2", "cluster_size=4k,compression_type=zstd", true, 3 << 20);
+    let expected = folder.qemu_contents(&path);
+    let source = open_source(&path, &ANY).expect("opens");
+    std::thread::scope(|scope| {
+        for step in [3000, 4096, 70_000, 1 << 20] {
+            let (image, expected) = (&source.image, &expected);
+            scope.spawn(move || assert!(contents(&**image, step) == *expected, "in steps of {step}"));
+        }
+    });
+}
+
+#[test]
 fn internal_snapshots_and_bitmaps_do_not_disturb() {
     let folder = Folder::new();
     let path = mixed(&folder, "image.qcow2", "cluster_size=64k", false, 3 << 20);
