@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::policy::{Action, OnError};
-use crate::ground::range::{Allocation, ByteRange};
+use crate::ground::range::{Allocation, ByteRange, Extent};
 use crate::ground::zero;
 use crate::image::Image;
 use crate::job::{Gate, Job};
@@ -64,9 +64,6 @@ pub struct Copier<'a> {
     tracker: &'a Tracker,
     ends: Ends<'a>,
     rules: Rules,
-    /// Claims are cut one after the other; holds the data extent found last. An extent once known as data may be
-    /// taken for data for ever: to read a hole is only slow.
-    scan: Mutex<ByteRange>,
     losses: Mutex<Losses>,
 }
 
@@ -79,7 +76,7 @@ enum Found<'t> {
 impl<'a> Copier<'a> {
     /// Nothing moves before [`Copier::run`].
     pub fn new(job: &'a Job, monitor: &'a dyn Monitor, tracker: &'a Tracker, ends: Ends<'a>, rules: Rules) -> Self {
-        Self { job, monitor, tracker, ends, rules, scan: Mutex::default(), losses: Mutex::default() }
+        Self { job, monitor, tracker, ends, rules, losses: Mutex::default() }
     }
 
     /// Copies with `workers` threads and blocks until everything is on the target, or until the first error, or
@@ -129,39 +126,44 @@ impl<'a> Copier<'a> {
 
     /// Claims the next run of one kind: a chunk of data, or any length of zeroes.
     fn next(&self) -> Option<Found<'a>> {
-        let mut data = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
         let mut claim = self.tracker.claim_next(self.chunk())?;
-        let granule = self.rules.granule;
         let (mut first, holder) = claim.first_piece();
-        if holder == Holder::Source && !(data.offset..data.end()).contains(&first.offset) {
-            let source = self.ends.source;
-            let ahead = ByteRange::between(first.offset, first.offset.saturating_add(SCAN).min(source.length()));
-            let mut status = source.block_status(ahead);
-            if status.as_ref().is_ok_and(|extent| extent.allocation != Allocation::Data) {
-                // Looked at again: only what is claimed stays as it is.
-                claim.grow(SCAN);
-                first = claim.first_piece().0;
-                status = source.block_status(first);
-            }
-            // Where the status can't be told, reading will tell what is wrong.
-            match status {
-                Ok(extent) if extent.allocation != Allocation::Data => {
-                    let zero = extent.range.length / granule * granule;
-                    let last = extent.range.end() == claim.range().end();
-                    if last || zero > 0 {
-                        claim.shrink(if last { extent.range.length } else { zero });
-                        return Some(Found::Zero(claim));
-                    }
-                    *data = extent.range;
-                }
-                Ok(extent) => *data = extent.range,
-                Err(_) => *data = first.prefix(granule),
-            }
+        if holder == Holder::Overlay {
+            return Some(Found::Data(self.cut(claim, first.length)));
         }
-        let known = if holder == Holder::Source { data.end() } else { first.end() };
-        let length = (known - first.offset).next_multiple_of(granule).min(self.chunk());
-        claim.shrink(length.min(claim.range().length));
-        Some(Found::Data(claim))
+        let mut extent = self.status(first);
+        if extent.allocation != Allocation::Data && extent.range.length == claim.range().length {
+            // Nobody waits for a run of zeroes for long, so it may be large.
+            claim.grow(SCAN);
+            first = claim.first_piece().0;
+            extent = self.status(first);
+        }
+        if extent.allocation == Allocation::Data {
+            return Some(Found::Data(self.cut(claim, extent.range.length)));
+        }
+        let whole = extent.range.length / self.rules.granule * self.rules.granule;
+        if extent.range.end() == claim.range().end() {
+            Some(Found::Zero(claim))
+        } else if whole > 0 {
+            claim.shrink(whole);
+            Some(Found::Zero(claim))
+        } else {
+            Some(Found::Data(self.cut(claim, extent.range.length)))
+        }
+    }
+
+    /// Keeps `length` bytes of a claim, rounded up to whole granules.
+    fn cut<'t>(&self, mut claim: Claim<'t>, length: u64) -> Claim<'t> {
+        let length = length.next_multiple_of(self.rules.granule);
+        if length < claim.range().length {
+            claim.shrink(length);
+        }
+        claim
+    }
+
+    /// Where the status can't be told, reading will tell what is wrong.
+    fn status(&self, range: ByteRange) -> Extent {
+        self.ends.source.block_status(range).unwrap_or(Extent::data(range.prefix(self.rules.granule)))
     }
 
     /// Bytes to move at once, at the speed asked for now.

@@ -3,12 +3,13 @@
 use super::options::{Mode, Options, Target};
 use super::origin::Origin;
 use super::outcome::TargetState;
-use crate::error::{Error, Result, Side};
+use crate::error::{Error, Kind, Result, Side};
 use crate::image::Image;
 use crate::image::format::Format;
 use crate::image::lock::{self, ImageLock, Protection, Terms};
+use crate::image::open::open_backing;
 use crate::image::probe::{self, probe};
-use crate::image::qcow2::{CreateOptions, NewQcow2};
+use crate::image::qcow2::{CreateOptions, ExistingQcow2, NewQcow2};
 use crate::image::raw::Raw;
 use crate::image::stream::Stream;
 use crate::image::target::{InPlace, open_in_place, refuse_other_size};
@@ -100,7 +101,8 @@ impl Destination {
         let image: Arc<dyn Image> = match (format, options.mode) {
             (Format::Raw, _) => raw.clone(),
             (Format::Qcow2, Mode::Existing) => {
-                return Err(Error::new(crate::error::Kind::Target, "an existing qcow2"));
+                let backing = open_backing(path).map_err(|error| error.with_kind(Kind::Target))?;
+                Arc::new(ExistingQcow2::open(path, raw.clone(), backing)?)
             }
             (Format::Qcow2, Mode::AbsolutePaths) => Arc::new(new_qcow2(raw.clone(), options, origin)?),
         };

@@ -85,6 +85,17 @@ pub fn open_source(path: &Path, options: &SourceOptions) -> Result<Source> {
     Ok(Source { virtual_size: image.length(), image, format, files, warnings })
 }
 
+/// The disk behind the qcow2 image at `path`, without what the image itself holds; `None` without a backing file. For an
+/// image that is written in place: its own file is not kept open here. Blocks; errors as of [`open_source`].
+pub fn open_backing(path: &Path) -> Result<Option<Arc<dyn Image>>> {
+    let options = &SourceOptions { format: Some(Format::Qcow2), backing: true, direct: false };
+    let mut opening = Opening { options, files: Vec::new(), warnings: Vec::new(), cache: Cache::default(), l1_size: 0 };
+    let first = opening.file(path, Role::Image)?;
+    let mut layers = opening.chain(path, first)?;
+    layers.remove(0);
+    Ok(if layers.is_empty() { None } else { Some(Arc::new(Chain::new(layers))) })
+}
+
 struct Opening<'a> {
     options: &'a SourceOptions,
     files: Vec<SourceFile>,
