@@ -89,6 +89,11 @@ impl Error {
         Self::at(Place { side, during, path: Some(path.to_owned()), range: None }, what, source)
     }
 
+    /// An error of the system that is not about one side's bytes: `open writer folder '/run/x': Permission denied`.
+    pub fn system(kind: Kind, what: impl Into<String>, source: io::Error) -> Self {
+        Self { kind, what: what.into(), place: None, source: Some(source) }
+    }
+
     fn at(place: Place, what: String, source: io::Error) -> Self {
         let kind = match place.side {
             Side::Source => Kind::Source,
@@ -111,6 +116,11 @@ impl Error {
     /// Where, for an I/O error.
     pub fn place(&self) -> Option<&Place> {
         self.place.as_ref()
+    }
+
+    /// What sort of I/O error it was, where it was one.
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        self.source.as_ref().map(io::Error::kind)
     }
 
     /// The system's error number, for an I/O error that has one. A limit of our own that is reached is ENOSPC.

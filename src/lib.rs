@@ -33,3 +33,5 @@ pub mod publish;
 pub mod ring;
 pub mod snapshot;
 mod sync;
+#[cfg(not(any(loom, shuttle)))]
+pub mod writer;

@@ -9,3 +9,15 @@ pub mod layout;
 pub mod packet;
 pub mod queue;
 pub mod stall;
+
+// What follows lives in memory that is really shared, which no model checker can stand in for.
+#[cfg(not(any(loom, shuttle)))]
+pub mod folder;
+#[cfg(not(any(loom, shuttle)))]
+pub mod futex;
+#[cfg(all(feature = "engine", not(any(loom, shuttle))))]
+pub mod server;
+#[cfg(not(any(loom, shuttle)))]
+pub mod shm;
+#[cfg(not(any(loom, shuttle)))]
+pub mod socket;

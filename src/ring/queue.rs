@@ -249,11 +249,16 @@ impl Region {
             }
             let from = from as u32 % u32::BITS;
             let slot = (posted.rotate_right(from).trailing_zeros() + from) % u32::BITS;
-            // Acquire: offset and length of whoever set this bit.
-            if self.posted.0.fetch_and(!(1 << slot), Ordering::Acquire) & 1 << slot != 0 {
+            if self.take_slot(slot as usize) {
                 return Some(slot as usize);
             }
         }
+    }
+
+    /// Takes the entry in `slot`, if there is one that nobody has taken.
+    pub fn take_slot(&self, slot: usize) -> bool {
+        // Acquire: offset and length of whoever set this bit.
+        self.posted.0.fetch_and(!(1 << slot), Ordering::Acquire) & 1 << slot != 0
     }
 
     /// Waits for an entry and takes it. `None` when the time is up or `over` is set; who sets it then calls

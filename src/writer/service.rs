@@ -1,0 +1,339 @@
+//! The writer's own thread: it listens for a backup and does what the backup asks for. It never touches the disk.
+//!
+//! | phase | packet or event | what happens | phase |
+//! |---|---|---|---|
+//! | none | a connection | | pending |
+//! | pending | Attach | the session is there; answers Attached | idle, or trapping when the instant has passed |
+//! | idle | Freeze | the gate freezes | draining |
+//! | draining | nothing is in flight | the quiesce callback starts | quiescing |
+//! | quiescing | it succeeded, and nothing is in flight | answers Frozen | frozen |
+//! | quiescing | it failed | answers Refused; opens the gate | none |
+//! | frozen | Thaw with trap | the gate traps; answers Thawed | trapping |
+//! | idle to frozen | Thaw without trap | the gate opens; answers Thawed | none |
+//! | any | Detach | the gate opens | none |
+//! | any | hang-up, anything else | marks the ring; the gate opens | none |
+//! | draining to frozen | the time agreed for a freeze is over | marks the ring; the gate opens | none |
+
+use super::session::Session;
+use super::{QUIESCING, Shared, lock};
+use crate::ring::folder::Folder;
+use crate::ring::layout::Breach;
+use crate::ring::packet::{Attach, Malformed, Packet};
+use crate::ring::shm::{Bits, Ring};
+use crate::ring::socket::{self, Received};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, TryLockError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// How long a connection may take to say what it wants.
+const PENDING: Duration = Duration::from_secs(2);
+
+/// What the callback's thread leaves behind.
+type Outcome = Arc<Mutex<Option<io::Result<()>>>>;
+
+enum Phase {
+    Idle,
+    Draining,
+    Quiescing(Outcome),
+    /// The callback has succeeded; its own writes may still be in flight.
+    Settling,
+    Frozen,
+    Trapping,
+}
+
+enum Link {
+    None,
+    Pending(OwnedFd, Instant),
+    Attached(Arc<Session>, Phase),
+}
+
+struct Service {
+    shared: Arc<Shared>,
+    listener: OwnedFd,
+    folder: Arc<Folder>,
+    link: Link,
+}
+
+/// What a packet or an event leads to, for the one who is attached.
+enum Step {
+    Stay,
+    Phase(Phase),
+    /// The connection is over: with a mark, or without since nothing was promised any more.
+    End(Option<Breach>),
+}
+
+/// Starts the thread. It ends after [`Shared::stop`] is set and the bell rings.
+pub fn start(shared: Arc<Shared>, listener: OwnedFd, folder: Arc<Folder>) -> io::Result<JoinHandle<()>> {
+    let mut service = Service { shared, listener, folder, link: Link::None };
+    thread::Builder::new().name("drive-backup".into()).spawn(move || {
+        // The program's signals are for the program's threads.
+        let _ = nix::sys::signal::SigSet::all().thread_block();
+        while !service.shared.stop.load(Ordering::SeqCst) {
+            service.turn();
+        }
+        service.end(None);
+    })
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // After an orderly end there is no link left.
+        self.end(Some(Breach::Fault));
+    }
+}
+
+fn refuse(socket: impl AsFd, errno: Errno) {
+    // Who does not read it finds the connection closed.
+    let _ = socket::send(socket, &Packet::Refused { errno: errno.raw_os_error() as u32 }, &[]);
+}
+
+impl Service {
+    /// Waits for one thing to happen and does what follows from it.
+    fn turn(&mut self) {
+        let none = PollFlags::empty();
+        let (connection, deadline): (Option<BorrowedFd<'_>>, _) = match &self.link {
+            Link::None => (None, None),
+            Link::Pending(socket, until) => (Some(socket.as_fd()), Some(*until)),
+            Link::Attached(session, _) => (Some(session.socket.as_fd()), self.shared.control().frozen_until),
+        };
+        let mut fds = vec![PollFd::new(&self.shared.bell, PollFlags::IN), PollFd::new(&self.listener, PollFlags::IN)];
+        fds.extend(connection.iter().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        let timeout = deadline.map(|until| {
+            let remaining = until.saturating_duration_since(Instant::now());
+            // A nanosecond later, so that it has passed.
+            Timespec { tv_sec: remaining.as_secs() as i64, tv_nsec: i64::from(remaining.subsec_nanos()) }
+        });
+        // EINTR can't be, since signals are blocked; anything else is looked at in the next turn.
+        let _ = rustix::event::poll(&mut fds, timeout.as_ref());
+        let [bell, connecting] = [0, 1].map(|at| fds[at].revents() != none);
+        let readable = fds.get(2).is_some_and(|fd| fd.revents() != none);
+        drop(fds);
+        if bell {
+            let _ = rustix::io::read(&self.shared.bell, &mut [0; 8]);
+        }
+        if readable {
+            self.receive();
+        }
+        if deadline.is_some_and(|until| Instant::now() >= until) {
+            self.time_is_up();
+        }
+        self.progress();
+        if connecting {
+            self.accept();
+        }
+    }
+
+    fn accept(&mut self) {
+        let Ok(socket) = socket::accept(&self.listener) else { return };
+        match socket::peer(&socket) {
+            Ok(peer) if self.folder.trusts(peer.uid.as_raw()) => {}
+            _ => return refuse(socket, Errno::PERM),
+        }
+        match self.link {
+            Link::None => self.link = Link::Pending(socket, Instant::now() + PENDING),
+            _ => refuse(socket, Errno::BUSY),
+        }
+    }
+
+    fn receive(&mut self) {
+        match std::mem::replace(&mut self.link, Link::None) {
+            Link::None => {}
+            Link::Pending(socket, _) => self.attach(socket),
+            Link::Attached(session, phase) => {
+                let step = match socket::receive(&session.socket) {
+                    Ok(Received::Packet(packet, _)) => self.obey(&session, &phase, packet),
+                    Ok(Received::HungUp) => Step::End(Some(Breach::HungUp)),
+                    Ok(Received::Malformed(_)) => nonsense(&session),
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => Step::Stay,
+                    Err(_) => Step::End(Some(Breach::HungUp)),
+                };
+                self.link = Link::Attached(session, phase);
+                self.step(step);
+            }
+        }
+    }
+
+    fn attach(&mut self, socket: OwnedFd) {
+        let refusal = match socket::receive(&socket) {
+            Ok(Received::Packet(Packet::Attach(terms), fds)) => match self.open_session(terms, fds, &socket) {
+                Ok(session) => return self.begin_session(session),
+                Err(errno) => errno,
+            },
+            Ok(Received::Malformed(Malformed::Version(_))) => Errno::PROTONOSUPPORT,
+            Ok(Received::HungUp) => return,
+            _ => Errno::PROTO,
+        };
+        refuse(&socket, refusal);
+    }
+
+    fn open_session(&self, terms: Attach, fds: Vec<OwnedFd>, socket: &OwnedFd) -> Result<Arc<Session>, Errno> {
+        let Ok([ring, bits]) = <[OwnedFd; 2]>::try_from(fds) else { return Err(Errno::PROTO) };
+        let ring = Ring::receive(ring).map_err(|_| Errno::INVAL)?;
+        let bits = Bits::receive(&bits, terms.bitmap_bytes()).map_err(|_| Errno::INVAL)?;
+        let socket = socket.try_clone().map_err(|_| Errno::MFILE)?;
+        let session = Arc::new(Session::new(terms, ring, bits, socket));
+        let mut control = self.shared.control_mut();
+        if terms.trap_at_once && !control.opening {
+            return Err(Errno::STALE);
+        }
+        control.session = Some(session.clone());
+        if control.opening {
+            lock(&self.shared.attached).push(terms.announcement);
+            self.shared.arrived.notify_all();
+        }
+        if terms.trap_at_once {
+            self.shared.gate.trap();
+        }
+        Ok(session)
+    }
+
+    fn begin_session(&mut self, session: Arc<Session>) {
+        let sent = socket::send(&session.socket, &Packet::Attached, &[]);
+        let phase = if session.terms.trap_at_once { Phase::Trapping } else { Phase::Idle };
+        self.link = Link::Attached(session, phase);
+        if sent.is_err() {
+            self.end(Some(Breach::HungUp));
+        }
+    }
+
+    fn obey(&self, session: &Arc<Session>, phase: &Phase, packet: Packet) -> Step {
+        match (packet, phase) {
+            (Packet::Freeze, Phase::Idle) => {
+                let mut control = self.shared.control_mut();
+                control.frozen_until = Some(Instant::now() + session.terms.freeze_timeout);
+                self.shared.gate.freeze();
+                Step::Phase(Phase::Draining)
+            }
+            (Packet::Thaw { trap: true }, Phase::Frozen) => self.thaw(session),
+            (Packet::Thaw { trap: false }, phase) if !matches!(phase, Phase::Trapping) => {
+                let held = self.shared.let_go(session, None) && matches!(phase, Phase::Frozen);
+                // Who does not get it takes the freeze for lost.
+                let _ = socket::send(&session.socket, &Packet::Thawed { held }, &[]);
+                Step::End(None)
+            }
+            (Packet::Detach, _) => Step::End(None),
+            _ => nonsense(session),
+        }
+    }
+
+    /// Into trapping, unless the freeze did not hold until now.
+    fn thaw(&self, session: &Arc<Session>) -> Step {
+        let mut control = self.shared.control_mut();
+        let held = control.is(session) && control.frozen_until.take().is_some_and(|until| Instant::now() < until);
+        if held {
+            session.trap();
+            self.shared.gate.trap();
+        }
+        drop(control);
+        let sent = socket::send(&session.socket, &Packet::Thawed { held }, &[]);
+        match (held, sent) {
+            (true, Ok(())) => Step::Phase(Phase::Trapping),
+            (true, Err(_)) => Step::End(Some(Breach::HungUp)),
+            (false, _) => Step::End(Some(Breach::FrozenTooLong)),
+        }
+    }
+
+    fn time_is_up(&mut self) {
+        match &self.link {
+            Link::Pending(socket, until) if Instant::now() >= *until => {
+                refuse(socket, Errno::TIMEDOUT);
+                self.link = Link::None;
+            }
+            Link::Attached(session, Phase::Draining | Phase::Quiescing(_) | Phase::Settling | Phase::Frozen) => {
+                refuse(&session.socket, Errno::TIMEDOUT);
+                self.end(Some(Breach::FrozenTooLong));
+            }
+            _ => {}
+        }
+    }
+
+    /// What the bell may have been about.
+    fn progress(&mut self) {
+        let Link::Attached(session, phase) = &self.link else { return };
+        let drained = || self.shared.gate.in_flight() == 0;
+        let step = match phase {
+            Phase::Draining if drained() => self.quiesce(session),
+            Phase::Quiescing(outcome) => match lock(outcome).take() {
+                None => Step::Stay,
+                Some(Err(e)) => {
+                    let errno = e.raw_os_error().filter(|errno| (1..4096).contains(errno));
+                    refuse(&session.socket, errno.map_or(Errno::IO, Errno::from_raw_os_error));
+                    Step::End(None)
+                }
+                Some(Ok(())) if drained() => frozen(session),
+                Some(Ok(())) => Step::Phase(Phase::Settling),
+            },
+            Phase::Settling if drained() => frozen(session),
+            _ => Step::Stay,
+        };
+        self.step(step);
+    }
+
+    /// Starts the program's callback on a thread of its own, so that it may hang without holding anybody.
+    fn quiesce(&self, session: &Arc<Session>) -> Step {
+        let callback = self.shared.quiesce.clone();
+        match callback.try_lock() {
+            Ok(callback) if callback.is_none() => return frozen(session),
+            // Poisoned: it panicked once, and may do better now.
+            Ok(_) | Err(TryLockError::Poisoned(_)) => {}
+            Err(TryLockError::WouldBlock) => {
+                // The last freeze's callback still runs.
+                refuse(&session.socket, Errno::BUSY);
+                return Step::End(None);
+            }
+        }
+        let outcome = Outcome::default();
+        let (left, shared) = (outcome.clone(), self.shared.clone());
+        let started = thread::Builder::new().name("drive-backup-qui".into()).spawn(move || {
+            QUIESCING.set(true);
+            // A panic of the callback leaves this as it is.
+            let mut result = Err(Errno::IO.into());
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                result = lock(&callback).as_mut().map_or(Ok(()), |quiesce| quiesce());
+            }));
+            *lock(&left) = Some(result);
+            shared.ring_bell();
+        });
+        match started {
+            Ok(_) => Step::Phase(Phase::Quiescing(outcome)),
+            Err(_) => {
+                refuse(&session.socket, Errno::AGAIN);
+                Step::End(None)
+            }
+        }
+    }
+
+    fn step(&mut self, step: Step) {
+        match (step, &mut self.link) {
+            (Step::Phase(next), Link::Attached(_, phase)) => {
+                *phase = next;
+                self.progress();
+            }
+            (Step::End(breach), _) => self.end(breach),
+            (Step::Stay | Step::Phase(_), _) => {}
+        }
+    }
+
+    fn end(&mut self, breach: Option<Breach>) {
+        if let Link::Attached(session, _) = std::mem::replace(&mut self.link, Link::None) {
+            self.shared.end(&session, breach);
+        }
+    }
+}
+
+fn frozen(session: &Arc<Session>) -> Step {
+    match socket::send(&session.socket, &Packet::Frozen, &[]) {
+        Ok(()) => Step::Phase(Phase::Frozen),
+        Err(_) => Step::End(Some(Breach::HungUp)),
+    }
+}
+
+fn nonsense(session: &Arc<Session>) -> Step {
+    refuse(&session.socket, Errno::PROTO);
+    Step::End(Some(Breach::Nonsense))
+}
