@@ -108,7 +108,8 @@ impl Tyrant {
 
 #[test]
 fn an_entry_that_makes_no_sense_breaks_the_snapshot_and_lets_the_writer_go() {
-    let cases: [(&str, fn(&Ring)); 5] = [
+    type Put = fn(&Ring);
+    let cases: [(&str, Put); 5] = [
         ("overflow", |ring| ring.post(0, ByteRange { offset: u64::MAX - 3, length: 100 }, &WAKER)),
         ("past the end", |ring| ring.post(0, ByteRange::new(LENGTH - 1, 2), &WAKER)),
         ("empty", |ring| ring.post(0, ByteRange::new(0, 0), &WAKER)),
