@@ -6,7 +6,7 @@ use rustix::process::getpgrp;
 use rustix::termios::tcgetpgrp;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 /// A descriptor of its own, so that no lock of the standard library is held while a write blocks.
 pub struct Stream(File);
@@ -14,7 +14,7 @@ pub struct Stream(File);
 impl Stream {
     /// A duplicate of `end`.
     pub fn duplicate(end: impl AsFd) -> io::Result<Self> {
-        Ok(Self(File::from(OwnedFd::from(end.as_fd().try_clone_to_owned()?))))
+        Ok(Self(File::from(end.as_fd().try_clone_to_owned()?)))
     }
 }
 
