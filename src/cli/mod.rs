@@ -18,7 +18,6 @@ mod watch;
 use crate::backup::{Failure, Options, Summary};
 use crate::job::Job;
 use crate::monitor::Monitor;
-use anyhow::Context;
 use args::Args;
 use clap::Parser;
 use resolve::{JsonEnd, View};
@@ -88,22 +87,20 @@ where
         Err(error) => return refuse(arguments, error),
     };
     let target = resolve::target_name(&plan.options.target);
-    let session = Session::start(plan.view, plan.speed, target, ends(plan.view)?)?;
+    let session = Session::start(plan.view, plan.speed, target, ends(plan.view))?;
     session.own_process(plan.speed)?;
     Ok(session.run(plan.options, engine))
 }
 
 fn refuse(arguments: &[OsString], error: crate::error::Error) -> anyhow::Result<Ending> {
     let view = usage::view(arguments);
-    Ok(Session::start(view, None, String::new(), ends(view)?)?.refuse(error))
+    Ok(Session::start(view, None, String::new(), ends(view))?.refuse(error))
 }
 
-fn ends(view: View) -> anyhow::Result<Ends> {
-    let out = || Stream::duplicate(io::stdout()).context("duplicate standard output");
-    let err = || Stream::duplicate(io::stderr()).context("duplicate standard error");
-    Ok(match view.json {
-        None => Ends { json: None, people: Box::new(err()?) },
-        Some(JsonEnd::Stdout) => Ends { json: Some(Box::new(out()?)), people: Box::new(err()?) },
-        Some(JsonEnd::Stderr) => Ends { json: Some(Box::new(err()?)), people: Box::new(io::sink()) },
-    })
+fn ends(view: View) -> Ends {
+    match view.json {
+        None => Ends { json: None, people: Box::new(Stream::err()) },
+        Some(JsonEnd::Stdout) => Ends { json: Some(Box::new(Stream::out())), people: Box::new(Stream::err()) },
+        Some(JsonEnd::Stderr) => Ends { json: Some(Box::new(Stream::err())), people: Box::new(io::sink()) },
+    }
 }

@@ -25,7 +25,7 @@ pub fn listen(act: impl Fn(Request) + Clone + Send + 'static) -> anyhow::Result<
     let on_interrupt = act.clone();
     // It refuses where INT is ignored, which is then to stay.
     match ctrlc::try_set_handler(move || on_interrupt(Request::End(SIGINT))) {
-        Err(ctrlc::Error::System(error)) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(ctrlc::Error::MultipleHandlers) => {}
         set => set.context("install the handler of SIGINT")?,
     }
     let mut numbers = vec![SIGTERM, SIGUSR1, SIGUSR2, SIGCONT];

@@ -2,31 +2,34 @@
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::fstat;
+use rustix::io::Errno;
 use rustix::process::getpgrp;
 use rustix::termios::tcgetpgrp;
-use std::fs::File;
-use std::io::{self, ErrorKind, Write};
-use std::os::fd::AsFd;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 
-/// A descriptor of its own, so that no lock of the standard library is held while a write blocks.
-pub struct Stream(File);
+/// Standard output or standard error, without the standard library's lock: a write that blocks must not hold it.
+pub struct Stream(BorrowedFd<'static>);
 
 impl Stream {
-    /// A duplicate of `end`.
-    pub fn duplicate(end: impl AsFd) -> io::Result<Self> {
-        Ok(Self(File::from(end.as_fd().try_clone_to_owned()?)))
+    /// Standard output.
+    pub fn out() -> Self {
+        Self(rustix::stdio::stdout())
+    }
+
+    /// Standard error.
+    pub fn err() -> Self {
+        Self(rustix::stdio::stderr())
     }
 }
 
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
-            match self.0.write(bytes) {
+            match rustix::io::write(self.0, bytes) {
                 // Another process may have made the shared description non-blocking.
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], None)?;
-                }
-                done => return done,
+                Err(Errno::AGAIN) => drop(poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], None)?),
+                done => return Ok(done?),
             }
         }
     }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use nix::sched::{CloneFlags, clone};
+use nix::unistd::close;
 use rustix::process::{getpid, getppid};
 use rustix::thread::nanosleep;
 use rustix::time::Timespec;
@@ -10,6 +11,8 @@ const STACK_BYTES: usize = 64 << 10;
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 /// For a second, all told.
 const LOOKS: usize = 50;
+/// Standard output comes last: it may be the file that hangs.
+const STANDARD_STREAMS: [i32; 3] = [2, 0, 1];
 
 /// Lets this process end although a file hangs: closing a file on a hung FUSE mount blocks, uninterruptibly, and whoever
 /// waits for the process with it. The last process that shares the table of open files closes them, so a child that
@@ -23,6 +26,10 @@ pub fn leave_open_files_behind() {
             }
             // Cut short it only looks sooner.
             let _ = nanosleep(&LOOK);
+        }
+        // Readers of these must see the end of the file now: whatever comes after may block.
+        for stream in STANDARD_STREAMS {
+            let _ = close(stream);
         }
         0
     };

@@ -154,7 +154,11 @@ impl Screen {
     }
 
     fn show(mut self, shared: &Shared) {
-        let tick = if matches!(self.shape, Shape::Bar(_)) { BAR_TICK } else { PLAIN_TICK };
+        let tick = match &self.shape {
+            Shape::Bar(_) => BAR_TICK,
+            Shape::Plain { interval, .. } => PLAIN_TICK.min(*interval),
+            Shape::None => PLAIN_TICK,
+        };
         loop {
             let waiting = shared.next(tick);
             let view = self.pace.look(self.began.elapsed(), self.job.snapshot());

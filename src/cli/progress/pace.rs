@@ -21,6 +21,7 @@ const MOST_BEFORE_THE_END: f64 = 0.999;
 #[derive(Debug, Default)]
 pub struct Pace {
     samples: VecDeque<Sample>,
+    last_look: Option<Sample>,
     percent: f64,
     phase: Option<(Phase, Duration)>,
     copying_since: Option<Duration>,
@@ -65,7 +66,8 @@ impl Pace {
         };
         self.phase = Some((job.phase, since));
         if job.phase == Phase::Copy && self.copying_since.is_none() {
-            self.copying_since = Some(now);
+            // What was copied by now was copied since the last look.
+            self.copying_since = Some(self.last_look.map_or(now, |look| look.at));
         }
         let running = job.phase == Phase::Copy && job.paused.is_none();
         let stalled = self.stalled(now, &job, running);
@@ -99,13 +101,18 @@ impl Pace {
     }
 
     fn sample(&mut self, now: Duration, job: &Snapshot, running: bool) {
+        let look = Sample { at: now, data: job.data, done: job.done() };
+        let before = self.last_look.replace(look);
         if !running {
             // A pause is not slowness: the rates start anew after it.
             self.samples.clear();
             return;
         }
+        if self.samples.is_empty() {
+            self.samples.extend(before);
+        }
         if self.samples.back().is_none_or(|last| now >= last.at + SPACING) {
-            self.samples.push_back(Sample { at: now, data: job.data, done: job.done() });
+            self.samples.push_back(look);
         }
         while self.samples.front().is_some_and(|first| first.at + REMAINING_WINDOW < now) {
             self.samples.pop_front();
@@ -186,6 +193,14 @@ mod tests {
         let left = (3000 * MIB - data) / (50 * MIB);
         assert!(view.remaining.unwrap().as_secs().abs_diff(left) <= 1, "{:?}", view.remaining);
         assert_eq!(view.stalled, Duration::ZERO);
+    }
+
+    #[test]
+    fn the_first_look_at_a_copy_knows_its_rate() {
+        let mut pace = Pace::default();
+        pace.look(at(0), Snapshot { phase: Phase::Prepare, ..job(0, 0, 0) });
+        let view = pace.look(at(10), job(20 * MIB, 0, 100 * MIB));
+        assert_eq!((view.rate, view.rate_avg, view.remaining), (20 * MIB, 20 * MIB, Some(at(40))));
     }
 
     #[test]

@@ -92,8 +92,12 @@ impl GoodEnd<'_> {
     pub fn line(&self) -> String {
         let Summary { total, data, durable, .. } = *self.summary;
         let stable = if durable { "on stable storage" } else { "NOT flushed to stable storage" };
-        let (total, data, clock, rate) = (Bytes(total), Bytes(data), Clock(self.elapsed), Rate(self.rate_avg));
-        format!("complete: {total}, {data} of it data, in {clock}, {rate}; {stable}")
+        let (total, data, rate) = (Bytes(total), Bytes(data), Rate(self.rate_avg));
+        let took = match self.elapsed.as_secs() {
+            0..60 => format!("{:.1} s", self.elapsed.as_secs_f64()),
+            _ => Clock(self.elapsed).to_string(),
+        };
+        format!("complete: {total}, {data} of it data, in {took}, {rate}; {stable}")
     }
 
     /// The ranges that are missing, a line each: they must be known even where success is silent.

@@ -1,0 +1,121 @@
+//! A target that hangs: a signal ends the run within a second all the same, and says what is left.
+
+use crate::kit::{Bench, DISK, Records, Running, wait_until};
+use nix::libc::{SIGCONT, SIGINT, SIGSTOP, SIGTERM};
+use serde_json::Value;
+use std::fs::{self, File};
+use std::io::PipeReader;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+const A_SECOND: Duration = Duration::from_secs(1);
+
+fn is_stalled(record: &Value) -> bool {
+    record["phase"] == "copy" && record["seconds_stalled"].as_u64() > Some(0)
+}
+
+/// Ends it and returns its last record.
+fn end(backup: &mut Running, records: Records, signals: &[i32], bound: Duration) -> Value {
+    let sent = Instant::now();
+    signals.iter().for_each(|signal| backup.signal(*signal));
+    let status = backup.wait();
+    let took = sent.elapsed();
+    assert_eq!(status.signal(), Some(signals[0]), "{status}");
+    assert!(took < bound, "{took:?}");
+    let last = records.last().unwrap();
+    assert_eq!((&last["message_type"], &last["reason"]), (&"exit_error".into(), &"signal".into()));
+    assert_eq!(last["exit_code"], 128 + signals[0]);
+    last
+}
+
+/// A stream that nobody reads: the writer hangs in write(2).
+fn unread_stream(bench: &Bench) -> (Running, Records, PipeReader) {
+    let (read, write) = std::io::pipe().unwrap();
+    let mut command = bench.bare();
+    command.args(["--device", "disk.raw", "--target", "-", "--json", "--progress-interval", "0.1"]);
+    let mut backup = Running::start(command.stdout(write).stderr(Stdio::piped()));
+    let mut records = Records::from(backup.child.stderr.take().unwrap());
+    records.until(is_stalled);
+    (backup, records, read)
+}
+
+#[test]
+fn a_stream_that_nobody_reads_is_left_within_a_second() {
+    let bench = Bench::new();
+    for signal in [SIGINT, SIGTERM] {
+        let (mut backup, records, _read) = unread_stream(&bench);
+        let last = end(&mut backup, records, &[signal], A_SECOND);
+        assert_eq!(last["target_state"], "incomplete");
+    }
+}
+
+#[test]
+fn a_second_interrupt_ends_a_hung_run_at_once() {
+    let bench = Bench::new();
+    let (mut backup, mut records, _read) = unread_stream(&bench);
+    backup.signal(SIGINT);
+    // The first one was taken: two at once may merge into one.
+    records.until(|record| record["phase"] == "cancel");
+    let last = end(&mut backup, records, &[SIGINT], Duration::from_millis(400));
+    assert_eq!(last["target_state"], "incomplete");
+}
+
+/// The disk of a daemon that can be stopped, as a file: its users hang in the kernel.
+struct Export {
+    daemon: Running,
+}
+
+impl Export {
+    fn new(bench: &Bench) -> Self {
+        File::create(bench.path("behind.raw")).unwrap().set_len(DISK).unwrap();
+        File::create(bench.path("export")).unwrap();
+        let export = format!("fuse,id=e,node-name=f,writable=on,mountpoint={}", bench.path("export").display());
+        let mut command = Command::new("qemu-storage-daemon");
+        command.args(["--blockdev", "file,node-name=f,filename=behind.raw", "--export", &export]);
+        let daemon = Running::start(command.current_dir(&bench.folder));
+        wait_until("the export", || fs::metadata(bench.path("export")).is_ok_and(|found| found.len() == DISK));
+        Self { daemon }
+    }
+}
+
+impl Drop for Export {
+    fn drop(&mut self) {
+        // Whoever still hangs on it is let go before it ends.
+        self.daemon.signal(SIGCONT);
+        self.daemon.signal(SIGTERM);
+        self.daemon.wait();
+    }
+}
+
+/// Stops a process and waits until it is stopped: none of its threads is inside a request then.
+fn stop(running: &Running) {
+    running.signal(SIGSTOP);
+    let tasks = format!("/proc/{}/task", running.child.id());
+    let is_stopped = |task: fs::DirEntry| {
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+    };
+    wait_until("stopped", || fs::read_dir(&tasks).unwrap().all(|task| is_stopped(task.unwrap())));
+}
+
+#[test]
+fn a_hung_file_system_is_left_within_a_second() {
+    let bench = Bench::new();
+    let export = Export::new(&bench);
+    let flags = ["--device", "disk.raw", "--target", "export", "--mode", "existing", "--speed", "2M", "--json"];
+    let mut command = bench.bare();
+    command.args(flags).args(["--progress-interval", "0.1"]).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut backup = Running::start(&mut command);
+    let mut records = Records::of(&mut backup);
+    records.until_copying();
+    // A request that the daemon has begun can't be given up by anybody: it stops between two.
+    stop(&backup);
+    stop(&export.daemon);
+    backup.signal(SIGCONT);
+    records.until(is_stalled);
+    let last = end(&mut backup, records, &[SIGINT], A_SECOND);
+    assert_eq!(last["target_state"], "incomplete");
+    assert!(last["message"].as_str().unwrap().contains("INCOMPLETE"), "{last}");
+    drop(export);
+}

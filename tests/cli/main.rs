@@ -1,0 +1,12 @@
+//! The command as users, cron, shells and monitors meet it.
+
+#![cfg(feature = "cli")]
+
+mod hung;
+mod json;
+mod kit;
+mod quiet;
+mod signals;
+mod streams;
+mod terminal;
+mod usage;

@@ -1,0 +1,138 @@
+//! On a terminal: a bar, Enter, Ctrl-C, Ctrl-S.
+
+use crate::kit::{BINARY, BOUND, Bench, DISK, Tmpfs};
+use expectrl::process::unix::WaitStatus;
+use expectrl::session::OsSession;
+use expectrl::{ControlCode, Eof, Expect, Regex, Session};
+use std::fs;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const GREEN_OR_SO: &str = "\u{1b}[36m";
+
+fn on_terminal(bench: &Bench, program: &str, flags: &[&str], no_color: bool) -> OsSession {
+    let mut command = Command::new(program);
+    command.current_dir(&bench.folder).args(flags).env("TERM", "xterm").env_remove("NO_COLOR");
+    command.env_remove("CLICOLOR_FORCE").env_remove("JOURNAL_STREAM");
+    if no_color {
+        command.env("NO_COLOR", "1");
+    }
+    let mut session = Session::spawn(command).unwrap();
+    session.get_process_mut().set_window_size(120, 24).unwrap();
+    session.set_expect_timeout(Some(BOUND));
+    session
+}
+
+/// Waits for `what`; everything that was shown up to its end.
+fn until(session: &mut OsSession, what: &str) -> String {
+    let found = session.expect(Regex(what)).unwrap_or_else(|error| panic!("{what}: {error}"));
+    String::from_utf8_lossy(found.before()).into_owned() + &String::from_utf8_lossy(found.get(0).unwrap())
+}
+
+fn wait(session: &OsSession) -> WaitStatus {
+    let end = Instant::now() + BOUND;
+    loop {
+        match session.get_process().status().unwrap() {
+            WaitStatus::StillAlive => std::thread::sleep(Duration::from_millis(2)),
+            status => return status,
+        }
+        assert!(Instant::now() < end, "still runs");
+    }
+}
+
+#[test]
+fn a_bar_shows_the_copy_and_a_line_its_end() {
+    let bench = Bench::new();
+    let flags = ["--device", "disk.raw", "--target", "out.raw", "--speed", "8M"];
+    let mut terminal = on_terminal(&bench, BINARY, &flags, false);
+    let shown = until(&mut terminal, r"\[.*=>.*\].* %, .* of 16\.0 MiB, .*MiB/s");
+    assert!(shown.contains(GREEN_OR_SO), "{shown:?}");
+    let shown = shown + &until(&mut terminal, "drive-backup: complete: 16\\.0 MiB");
+    assert!(!shown.contains("100"), "{shown:?}");
+    terminal.expect(Eof).unwrap();
+    assert!(matches!(wait(&terminal), WaitStatus::Exited(_, 0)));
+    bench.assert_copied("out.raw");
+}
+
+#[test]
+fn while_the_flush_runs_it_says_so_and_never_100_percent() {
+    let bench = Bench::new();
+    let calls = "fsync,fdatasync,syncfs";
+    let (trace, inject) = (format!("trace={calls}"), format!("inject={calls}:delay_enter=1500000"));
+    let flags = ["-f", "-o", "/dev/null", "-e", &trace, "-e", &inject, BINARY];
+    let flags = [&flags[..], &["--device", "disk.raw", "--target", "out.raw"]].concat();
+    let mut terminal = on_terminal(&bench, "strace", &flags, false);
+    let shown = until(&mut terminal, "flushing 16\\.0 MiB to stable storage, 0:01");
+    let shown = shown + &until(&mut terminal, "drive-backup: complete");
+    assert!(!shown.contains("100"), "{shown:?}");
+    assert!(matches!(wait(&terminal), WaitStatus::Exited(_, 0)));
+}
+
+#[test]
+fn no_color_means_no_colour() {
+    let bench = Bench::new();
+    let flags = ["--device", "disk.raw", "--target", "out.raw", "--speed", "16M"];
+    let mut terminal = on_terminal(&bench, BINARY, &flags, true);
+    let shown = until(&mut terminal, "drive-backup: complete");
+    assert!(shown.contains(" %, ") && !shown.contains("\u{1b}[3"), "{shown:?}");
+}
+
+#[test]
+fn enter_goes_on_after_a_stop() {
+    let bench = Bench::new();
+    let small = Tmpfs::at(&bench.path("small"), DISK / 2);
+    let flags = ["--device", "disk.raw", "--target", "small/out.raw", "--on-target-error", "stop"];
+    let mut terminal = on_terminal(&bench, BINARY, &flags, false);
+    until(&mut terminal, "No space left on device; stopped; press Enter to go on");
+    until(&mut terminal, "STOPPED by an error; Enter or SIGCONT goes on");
+    small.resize(2 * DISK);
+    terminal.send("\n").unwrap();
+    until(&mut terminal, "drive-backup: complete");
+    assert!(matches!(wait(&terminal), WaitStatus::Exited(_, 0)));
+    bench.assert_copied("small/out.raw");
+}
+
+#[test]
+fn ctrl_c_removes_the_partial_copy_and_ends_as_a_signal_does() {
+    let bench = Bench::new();
+    let flags = ["--device", "disk.raw", "--target", "out.raw", "--speed", "256K"];
+    let mut terminal = on_terminal(&bench, BINARY, &flags, false);
+    until(&mut terminal, " %, ");
+    terminal.send(ControlCode::ETX).unwrap();
+    until(&mut terminal, "drive-backup: ended by SIGINT: .*; the partial copy was removed");
+    let status = wait(&terminal);
+    assert!(matches!(status, WaitStatus::Signaled(_, signal, _) if signal as i32 == nix::libc::SIGINT), "{status:?}");
+    assert!(bench.leftovers().is_empty());
+}
+
+#[test]
+fn a_terminal_that_is_stopped_holds_nothing_up() {
+    let bench = Bench::new();
+    let flags = ["--device", "disk.raw", "--target", "out.raw", "--speed", "8M"];
+    let mut terminal = on_terminal(&bench, BINARY, &flags, false);
+    until(&mut terminal, " %, ");
+    // Ctrl-S: from here on whoever writes to the terminal blocks.
+    terminal.send(ControlCode::DC3).unwrap();
+    assert!(matches!(wait(&terminal), WaitStatus::Exited(_, 0)));
+    bench.assert_copied("out.raw");
+}
+
+#[test]
+fn the_disk_is_not_written_to_a_terminal() {
+    let bench = Bench::new();
+    let mut terminal = on_terminal(&bench, BINARY, &["--device", "disk.raw", "--target", "-"], false);
+    until(&mut terminal, "would write the disk to a terminal");
+    assert!(matches!(wait(&terminal), WaitStatus::Exited(_, 2)));
+}
+
+#[test]
+fn a_dumb_terminal_gets_lines() {
+    let bench = Bench::new();
+    let script =
+        format!("TERM=dumb exec {BINARY} --device disk.raw --target out.raw --speed 16M --progress-interval 0.2");
+    let mut terminal = on_terminal(&bench, "sh", &["-c", &script], false);
+    let shown = until(&mut terminal, "drive-backup: complete");
+    assert!(shown.lines().filter(|line| line.contains(" %, ")).count() >= 2, "{shown:?}");
+    assert!(!shown.contains('\u{1b}'), "{shown:?}");
+    let _ = fs::read(bench.path("out.raw")).unwrap();
+}

@@ -1,0 +1,74 @@
+//! Bad arguments: exit 2, one line with a hint, nothing touched. Help and version: standard output.
+
+use crate::kit::{Bench, records};
+use std::fs;
+
+#[test]
+fn nonsense_is_one_line_exit_2_and_touches_nothing() {
+    let bench = Bench::new();
+    fs::write(bench.path("out.raw"), "precious").unwrap();
+    for (flags, hint) in [
+        (&["--speed", "-1"][..], "negative"),
+        (&["--speed", "50Mb"], "bits"),
+        (&["--speed", "1e99"], "units are"),
+        (&["--speed", "50M/s"], "per second"),
+        (&["--format", "vmdk"], "possible values: raw, qcow2"),
+        (&["--source-format", "vmdk"], "possible values: raw, qcow2"),
+        (&["--compress", "zstd"], "use --format qcow2"),
+        (&["--compress", "lzma", "--format", "qcow2"], "use zlib, zstd"),
+        (&["--cluster-size", "1000", "--format", "qcow2"], "power of two"),
+        (&["--mode", "existing", "--compress", "zlib"], "leave one out"),
+        (&["--workers", "0"], "1..=256"),
+        (&["--on-source-error", "retry"], "possible values: report, ignore, enospc, stop"),
+        (&["--spede", "1"], "'--speed'"),
+        (&["--target", "other"], "multiple times"),
+    ] {
+        let output = bench.backup().args(flags).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{flags:?}: {text}");
+        assert!(text.starts_with("drive-backup: ") && text.lines().count() == 1, "{flags:?}: {text}");
+        assert!(text.contains(hint), "{flags:?}: {text}");
+        assert!(output.stdout.is_empty());
+    }
+    assert_eq!(fs::read_to_string(bench.path("out.raw")).unwrap(), "precious");
+    assert_eq!(bench.leftovers(), ["out.raw"]);
+}
+
+#[test]
+fn a_stream_is_raw() {
+    let bench = Bench::new();
+    for flags in [&["--format", "qcow2"][..], &["--compress", "zlib"], &["--mode", "existing"]] {
+        let output = bench.bare().args(["--device", "disk.raw", "--target", "-"]).args(flags).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains("--target -") && output.stdout.is_empty(), "{text}");
+    }
+}
+
+#[test]
+fn usage_errors_are_records_too_wherever_json_stands() {
+    let bench = Bench::new();
+    for flags in [&["--json", "--speed", "50Mb"][..], &["--bogus", "--json"], &["--compress", "zlib", "--json"]] {
+        let output = bench.backup().args(flags).output().unwrap();
+        let records = records(&output.stdout);
+        assert_eq!(output.status.code(), Some(2));
+        assert_eq!(records.len(), 1);
+        assert_eq!((&records[0]["message_type"], &records[0]["reason"]), (&"exit_error".into(), &"usage".into()));
+        assert_eq!((&records[0]["exit_code"], &records[0]["target_state"]), (&2.into(), &"untouched".into()));
+        let message = records[0]["message"].as_str().unwrap();
+        assert!(String::from_utf8(output.stderr).unwrap().contains(message));
+    }
+    let output = bench.bare().args(["--target", "-", "--json", "--bogus"]).output().unwrap();
+    assert_eq!(records(&output.stderr)[0]["exit_code"], 2);
+    assert!(output.stdout.is_empty(), "standard output is the target's");
+}
+
+#[test]
+fn help_and_version_go_to_standard_output() {
+    let bench = Bench::new();
+    for (flag, word) in [("--help", "--on-target-error"), ("-h", "--speed"), ("--version", env!("CARGO_PKG_VERSION"))] {
+        let output = bench.bare().arg(flag).output().unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        assert!(String::from_utf8(output.stdout).unwrap().contains(word) && output.stderr.is_empty(), "{flag}");
+    }
+}
