@@ -42,3 +42,20 @@ fn the_manual_page_renders_without_a_warning() {
         assert!(text.lines().any(|line| line == section), "{section} is missing");
     }
 }
+#[test]
+fn every_flag_of_the_help_is_in_the_manual_and_the_completions() {
+    let help = Command::new(env!("CARGO_BIN_EXE_drive-backup")).arg("--help").output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let is_flag = |word: &&str| word.starts_with("--") && word.len() > 4;
+    let flags: Vec<&str> = help.split(|c: char| !c.is_ascii_alphanumeric() && c != '-').filter(is_flag).collect();
+    assert!(flags.len() > 20, "{help}");
+    let page = String::from_utf8(page().unwrap()).unwrap().replace("\\-", "-");
+    for flag in flags {
+        assert!(page.contains(flag), "{flag} is not in the manual");
+        for (name, script) in completions() {
+            let script = String::from_utf8(script).unwrap();
+            let word = if name.ends_with("fish") { flag.trim_start_matches('-') } else { flag };
+            assert!(script.contains(word), "{flag} is not in {name}");
+        }
+    }
+}

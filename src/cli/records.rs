@@ -1,8 +1,8 @@
 //! JSON lines on their way to a reader who may be slow, stopped or gone: none of these slows, blocks or ends a backup.
 //!
-//! Whoever has a record puts it into a bounded queue and goes on; a thread writes. When the queue is full the oldest
-//! status makes room, and where there is none the oldest event. `seq` is given out on the way in, so that a reader
-//! sees every loss as a gap.
+//! Whoever has a record puts it into a bounded queue and goes on; a thread writes. When too many wait the oldest status
+//! makes room, and where there is none the oldest event. `seq` is given out on the way in, so that a reader sees every
+//! loss as a gap.
 
 use super::json::{self, Body, Dropped, Record, SCHEMA};
 use std::collections::VecDeque;
@@ -11,7 +11,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::SystemTime;
 
-const CAPACITY: usize = 256;
+/// A reader that wakes up wants to know how it stands, not how it stood.
+const MOST_STATUSES: usize = 64;
+/// A dying disk tells of thousands of bad ranges at once; so many wait, a few MiB.
+const CAPACITY: usize = 16 << 10;
 
 /// The way in. Clones share one queue.
 #[derive(Clone)]
@@ -31,6 +34,8 @@ struct Entry {
 #[derive(Default)]
 struct Queue {
     entries: VecDeque<Entry>,
+    /// How many of them are statuses.
+    statuses: usize,
     next_seq: u64,
     dropped: Dropped,
     /// The last record is in: no other may follow.
@@ -73,7 +78,7 @@ impl Shared {
     fn next(&self) -> (Entry, Dropped, bool) {
         let mut queue = self.queue();
         loop {
-            if let Some(entry) = queue.entries.pop_front() {
+            if let Some(entry) = queue.take(0) {
                 return (entry, queue.dropped, queue.closed && queue.entries.is_empty());
             }
             queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
@@ -86,19 +91,19 @@ impl Queue {
         if self.closed {
             return;
         }
-        if self.entries.len() >= CAPACITY {
-            let oldest_status = self.entries.iter().position(|entry| matches!(entry.body, Body::Status(_)));
+        if self.entries.len() >= CAPACITY || self.statuses >= MOST_STATUSES {
+            let oldest_status = self.entries.iter().position(Entry::is_status);
             self.drop_at(oldest_status.unwrap_or(0));
         }
+        self.statuses += usize::from(matches!(body, Body::Status(_)));
         self.entries.push_back(Entry { seq: self.next_seq, time: SystemTime::now(), body });
         self.next_seq += 1;
     }
 
     fn finish(&mut self, body: Body) {
-        let is_status = |entry: &Entry| matches!(entry.body, Body::Status(_));
-        let newest = self.entries.iter().rposition(is_status);
+        let newest = self.entries.iter().rposition(Entry::is_status);
         for at in (0..newest.unwrap_or(0)).rev() {
-            if is_status(&self.entries[at]) {
+            if self.entries[at].is_status() {
                 self.drop_at(at);
             }
         }
@@ -106,12 +111,24 @@ impl Queue {
         self.closed = true;
     }
 
+    fn take(&mut self, at: usize) -> Option<Entry> {
+        let entry = self.entries.remove(at)?;
+        self.statuses -= usize::from(entry.is_status());
+        Some(entry)
+    }
+
     fn drop_at(&mut self, at: usize) {
-        match self.entries.remove(at).map(|entry| entry.body) {
-            Some(Body::Status(_)) => self.dropped.status_dropped += 1,
+        match self.take(at) {
+            Some(entry) if entry.is_status() => self.dropped.status_dropped += 1,
             Some(_) => self.dropped.events_dropped += 1,
             None => {}
         }
+    }
+}
+
+impl Entry {
+    fn is_status(&self) -> bool {
+        matches!(self.body, Body::Status(_))
     }
 }
 
@@ -211,7 +228,7 @@ mod tests {
         let (read, write) = io::pipe().unwrap();
         let (done, written) = mpsc::channel();
         let records = Records::to(write, move || done.send(()).unwrap()).unwrap();
-        let total = 4 * CAPACITY as u64;
+        let total = 16 * MOST_STATUSES as u64;
         for _ in 0..total {
             records.push(status());
         }
@@ -230,15 +247,18 @@ mod tests {
     }
 
     #[test]
-    fn events_outlive_statuses_in_a_full_queue() {
+    fn statuses_make_room_first_and_the_queue_is_bounded() {
         let mut queue = Queue::default();
-        (0..CAPACITY / 2).for_each(|_| queue.push(warning()));
-        (0..CAPACITY * 2).for_each(|_| queue.push(status()));
-        assert_eq!(queue.entries.iter().filter(|e| matches!(e.body, Body::Warning(_))).count(), CAPACITY / 2);
-        assert_eq!(queue.entries.len(), CAPACITY, "bounded");
-        (0..CAPACITY * 2).for_each(|_| queue.push(warning()));
-        assert_eq!(queue.entries.len(), CAPACITY, "bounded");
-        assert_eq!(queue.dropped.events_dropped as usize, CAPACITY * 3 / 2);
+        (0..CAPACITY - MOST_STATUSES).for_each(|_| queue.push(warning()));
+        (0..MOST_STATUSES * 2).for_each(|_| queue.push(status()));
+        assert_eq!((queue.entries.len(), queue.statuses), (CAPACITY, MOST_STATUSES));
+        assert_eq!(queue.dropped, Dropped { status_dropped: MOST_STATUSES as u64, events_dropped: 0 });
+        (0..MOST_STATUSES).for_each(|_| queue.push(warning()));
+        assert_eq!((queue.entries.len(), queue.statuses), (CAPACITY, 0));
+        assert_eq!(queue.dropped.events_dropped, 0);
+        (0..3).for_each(|_| queue.push(warning()));
+        assert_eq!((queue.entries.len(), queue.dropped.events_dropped), (CAPACITY, 3));
+        assert_eq!(queue.entries[0].seq, 3, "the oldest");
     }
 
     #[test]
