@@ -285,12 +285,18 @@ impl<'a> Copier<'a> {
                 }
                 let error = Error::io(side, during, piece, error);
                 self.job.count_error();
-                self.monitor.event(Event::Fault { error: &error, action });
+                let tell = || self.monitor.event(Event::Fault { error: &error, action });
                 match action {
-                    Action::Report => return Err(error),
-                    Action::Ignore => self.give_up(side, piece, &error),
-                    Action::Stop if self.job.stop_for_error() == Gate::Cancelled => return Err(cancelled()),
+                    Action::Stop if self.job.stop_for_error(tell) == Gate::Cancelled => return Err(cancelled()),
                     Action::Stop => continue,
+                    Action::Report => {
+                        tell();
+                        return Err(error);
+                    }
+                    Action::Ignore => {
+                        tell();
+                        self.give_up(side, piece, &error);
+                    }
                 }
             }
             left = ByteRange::between(piece.end(), range.end());

@@ -100,10 +100,12 @@ impl Job {
         self.control().throttle.charge(bytes);
     }
 
-    /// Stops the job after an error and blocks until it is resumed or cancelled.
-    pub fn stop_for_error(&self) -> Gate {
+    /// Stops the job after an error and blocks until it is resumed or cancelled. `tell` says why, once the job is
+    /// stopped: who is told may resume it at once.
+    pub fn stop_for_error(&self, tell: impl FnOnce()) -> Gate {
+        self.control().stopped_by_error = true;
+        tell();
         let mut control = self.control();
-        control.stopped_by_error = true;
         while control.stopped_by_error && !control.cancelled {
             control = self.wake.wait(control).unwrap_or_else(PoisonError::into_inner);
         }

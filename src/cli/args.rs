@@ -63,7 +63,7 @@ pub struct Args {
     pub mode: NewImageMode,
 
     /// Cluster size of a new qcow2: a power of two from 512 to 2M; 64K by default
-    #[arg(long, value_name = "SIZE", allow_negative_numbers = true, value_parser = size, help_heading = TARGET)]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size, help_heading = TARGET)]
     pub cluster_size: Option<u64>,
 
     /// Compress a new qcow2: zlib or zstd; with a level, 1 to 9 or 1 to 22, as in zstd:9
@@ -82,11 +82,11 @@ pub struct Args {
     /// Limit in bytes a second, such as 50M; 0, off and unlimited mean none
     ///
     /// Holes and zeroes are not charged. SIGUSR2 turns the limit off and on again.
-    #[arg(long, value_name = "RATE", allow_negative_numbers = true, value_parser = rate, default_value = "off", help_heading = PACE)]
+    #[arg(long, value_name = "RATE", allow_hyphen_values = true, value_parser = rate, default_value = "off", help_heading = PACE)]
     pub speed: RateLimit,
 
     /// Number of copying threads; by default one for each core
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PACE)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PACE)]
     pub workers: Option<u16>,
 
     /// Bypass the page cache
@@ -111,7 +111,7 @@ pub struct Args {
     pub progress: Progress,
 
     /// Time between JSON status records (1 by default) and between plain lines (30 by default)
-    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds, help_heading = SIGHT)]
+    #[arg(long, value_name = "SECONDS", allow_hyphen_values = true, value_parser = seconds, help_heading = SIGHT)]
     pub progress_interval: Option<Duration>,
 
     /// Only errors: no progress, no warnings

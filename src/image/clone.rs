@@ -21,14 +21,22 @@ pub fn clone_unlinked(source: &File, folder: &Path) -> io::Result<Option<File>> 
     Ok(clone_into(source, &clone)?.then_some(clone))
 }
 
-/// Makes the fresh, empty file `target` a clone of `source`. False, with `target` unchanged, where file system, space
-/// or permissions don't allow it; such as when the two are not on one file system.
+/// Makes the fresh file `target`, which reads as zeroes, a clone of `source`. False, with `target` as it was, where file
+/// system, space or permissions don't allow it; such as when the two are not on one file system.
 pub fn clone_into(source: &File, target: &File) -> io::Result<bool> {
     loop {
         match rustix::fs::ioctl_ficlone(target, source) {
             Ok(()) => return Ok(true),
             Err(Errno::INTR) => {}
-            Err(errno) if is_refusal(errno) => return Ok(false),
+            Err(errno) if is_refusal(errno) => {
+                if matches!(errno, Errno::NOSPC | Errno::DQUOT | Errno::IO) {
+                    // What was cloned before the disk was full must not be taken for zeroes.
+                    let length = target.metadata()?.len();
+                    target.set_len(0)?;
+                    target.set_len(length)?;
+                }
+                return Ok(false);
+            }
             Err(errno) => return Err(errno.into()),
         }
     }
@@ -37,7 +45,8 @@ pub fn clone_into(source: &File, target: &File) -> io::Result<bool> {
 fn is_refusal(errno: Errno) -> bool {
     let unable = matches!(errno, Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS);
     let forbidden = matches!(errno, Errno::PERM | Errno::ACCESS | Errno::ROFS | Errno::TXTBSY);
-    unable || forbidden || matches!(errno, Errno::NOSPC | Errno::DQUOT)
+    // What an I/O error was about, reading and writing will tell.
+    unable || forbidden || matches!(errno, Errno::NOSPC | Errno::DQUOT | Errno::IO)
 }
 
 #[cfg(test)]

@@ -127,6 +127,12 @@ impl Opening<'_> {
     }
 
     fn probe(&mut self, path: &Path, file: &Arc<dyn Image>) -> Result<Format> {
+        if file.length() == 0 {
+            return Err(refusal(format!(
+                "source '{}' is empty; if a disk of no bytes is meant, say raw",
+                path.display()
+            )));
+        }
         let mut start = vec![0; file.length().min(probe::LENGTH as u64) as usize];
         file.read_at(&mut start, 0).map_err(|e| Error::file(Side::Source, "read", path, e))?;
         let found = probe(&start);

@@ -253,8 +253,8 @@ fn statuses_come_by_the_clock_and_with_every_pause() {
     let ending = session.run(options(), move |_, job, monitor| {
         begin(job, monitor, TargetKind::File);
         job.count_data(TOTAL / 2);
-        monitor.event(Event::Fault { error: &no_space(), action: Action::Stop });
-        assert_eq!(job.stop_for_error(), Gate::Go);
+        let tell = || monitor.event(Event::Fault { error: &no_space(), action: Action::Stop });
+        assert_eq!(job.stop_for_error(tell), Gate::Go);
         done.recv_timeout(BOUND).unwrap();
         Ok(summary(Vec::new()))
     });
