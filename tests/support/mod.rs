@@ -1,0 +1,317 @@
+//! What the tests of the command share: running it, the independent tools beside it, and devices, mounts and daemons
+//! that are torn down when dropped. Root only.
+#![allow(dead_code)] // each test program uses its part
+
+pub mod bytes;
+pub mod fault;
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// The command under test.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_drive-backup");
+/// No event that a test waits for takes longer; far more than it should take, for machines under load.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How a run of the command ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// As a shell shows it: 128 + N for signal N.
+    pub code: i32,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+impl Ended {
+    pub fn of(output: Output) -> Self {
+        Self {
+            code: code(output.status),
+            stdout: output.stdout,
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Success, silent as cron wants it.
+    #[track_caller]
+    pub fn succeeds(&self) -> &Self {
+        assert_eq!((self.code, self.stderr.as_str()), (0, ""), "{self:?}");
+        self
+    }
+
+    /// A failure with this code that says `reason` on stderr, in one line.
+    #[track_caller]
+    pub fn fails(&self, code: i32, reason: &str) -> &Self {
+        assert_eq!(self.code, code, "{self:?}");
+        assert!(self.stderr.contains(reason), "no {reason:?} in {self:?}");
+        assert_eq!(self.stderr.lines().count(), 1, "{}", self.stderr);
+        assert!(self.stderr.starts_with("drive-backup: ") && self.stderr.ends_with('\n'), "{}", self.stderr);
+        self
+    }
+}
+
+/// As a shell shows it.
+pub fn code(status: ExitStatus) -> i32 {
+    status.code().unwrap_or_else(|| 128 + status.signal().expect("it has ended"))
+}
+
+/// The command with `arguments`, its streams piped.
+pub fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    command.args(arguments);
+    piped(command)
+}
+
+/// `command` with no input, its output to be read, and an environment that does not change what it shows.
+pub fn piped(mut command: Command) -> Command {
+    command.env_remove("JOURNAL_STREAM").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Runs the command to its end.
+pub fn drive_backup(arguments: &[&str]) -> Ended {
+    Ended::of(command(arguments).output().expect("the binary under test runs"))
+}
+
+/// Copies `device` to `target` with more `arguments`.
+pub fn copy(device: &Path, target: &Path, arguments: &[&str]) -> Ended {
+    drive_backup(&[&["--device", text(device), "--target", text(target)], arguments].concat())
+}
+
+/// Runs `program` to its end and gives its stdout without the last newline; panics with its stderr when it fails.
+#[track_caller]
+pub fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {stderr}{}", String::from_utf8_lossy(&output.stdout));
+    String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+}
+
+/// `qemu-img` with `arguments`, separated by spaces, then `paths`.
+#[track_caller]
+pub fn qemu_img(arguments: &str, paths: &[&Path]) -> String {
+    let arguments: Vec<_> = arguments.split_whitespace().chain(paths.iter().map(|p| text(p))).collect();
+    run("qemu-img", &arguments)
+}
+
+/// Runs `commands` of qemu-io on an image; `options` are qemu-io's own.
+#[track_caller]
+pub fn qemu_io(options: &[&str], image: &Path, commands: &[&str]) {
+    let mut arguments = options.to_vec();
+    commands.iter().for_each(|command| arguments.extend(["-c", command]));
+    arguments.push(text(image));
+    let output = run("qemu-io", &arguments);
+    // qemu-io answers 0 after some failed commands.
+    assert!(!output.to_lowercase().contains("fail") && !output.contains("error"), "{arguments:?}: {output}");
+}
+
+/// A path as an argument.
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A folder of the test's own, on the disk.
+pub fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// A sparse file of `length` bytes.
+pub fn sparse_file(path: &Path, length: u64) {
+    File::create(path).unwrap().set_len(length).unwrap();
+}
+
+/// Looks until `look` sees something; panics when `what` does not happen.
+#[track_caller]
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(seen) = look() {
+            return seen;
+        }
+        assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// What must not change: name, inode, length, time and bytes of every file below `folder`.
+pub fn fingerprint(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        let metadata = entry.metadata().unwrap();
+        let mut line = format!("{} {} {}", path.display(), metadata.ino(), metadata.len());
+        if metadata.is_file() {
+            let digest = bytes::digest(&path);
+            line += &format!(" {}.{:09} {digest:x} {:o}", metadata.mtime(), metadata.mtime_nsec(), metadata.mode());
+        }
+        found.push(line);
+        if metadata.is_dir() {
+            found.extend(fingerprint(&path));
+        }
+    }
+    found.sort();
+    found
+}
+
+/// The names in a folder, sorted.
+pub fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// A process that is ended, by its own id, when dropped.
+pub struct Running {
+    child: Child,
+}
+
+impl Running {
+    pub fn start(command: &mut Command) -> Self {
+        Self { child: command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}")) }
+    }
+
+    /// Starts the command with `arguments`.
+    pub fn drive_backup(arguments: &[&str]) -> Self {
+        Self::start(&mut command(arguments))
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    /// Has it ended by itself?
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// Sends a signal to it alone.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+
+    /// Waits, bounded, until it has ended, and gives what is left in its pipes.
+    #[track_caller]
+    pub fn ended(mut self) -> Ended {
+        let stdout = self.child.stdout.take().map(collect);
+        let stderr = self.child.stderr.take().map(collect);
+        let status = wait_for("the end of the process", || self.child.try_wait().unwrap());
+        let read = |pipe: Option<std::thread::JoinHandle<Vec<u8>>>| pipe.map_or(Vec::new(), |t| t.join().unwrap());
+        Ended { code: code(status), stdout: read(stdout), stderr: String::from_utf8(read(stderr)).unwrap() }
+    }
+}
+
+fn collect(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        pipe.read_to_end(&mut bytes).unwrap();
+        bytes
+    })
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A loop device over a file.
+pub struct LoopDevice {
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// With more `arguments` of losetup.
+    pub fn over(file: &Path, arguments: &[&str]) -> Self {
+        let path = run("losetup", &[&["-f", "--show"], arguments, &[text(file)]].concat());
+        Self { path: path.into() }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        undo("losetup", &["-d", text(&self.path)]);
+    }
+}
+
+/// A mounted file system.
+pub struct Mount {
+    folder: tempfile::TempDir,
+    // The image of the file system, deleted last.
+    _home: Option<tempfile::TempDir>,
+}
+
+impl Mount {
+    /// A tmpfs that holds `size` bytes.
+    pub fn tmpfs(size: u64) -> Self {
+        let folder = folder();
+        run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", text(folder.path())]);
+        Self { folder, _home: None }
+    }
+
+    /// A fresh xfs (with reflinks), btrfs or ext4 in a sparse file.
+    pub fn fresh(kind: &str) -> Self {
+        let (home, folder) = (folder(), folder());
+        let image = home.path().join("image");
+        sparse_file(&image, 320 << 20);
+        run(&format!("mkfs.{kind}"), &["-q", text(&image)]);
+        run("mount", &["-o", "loop", text(&image), text(folder.path())]);
+        Self { folder, _home: Some(home) }
+    }
+
+    /// Another name for `path`.
+    pub fn bind(path: &Path) -> Self {
+        let folder = folder();
+        run("mount", &["--bind", text(path), text(folder.path())]);
+        Self { folder, _home: None }
+    }
+
+    /// The file system of a block device.
+    pub fn device(device: &Path) -> Self {
+        let folder = folder();
+        run("mount", &[text(device), text(folder.path())]);
+        Self { folder, _home: None }
+    }
+
+    /// Nothing can be created or written from now on.
+    pub fn make_read_only(&self) {
+        run("mount", &["-o", "remount,ro", text(self.path())]);
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A path inside.
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        undo("umount", &[text(self.folder.path())]);
+    }
+}
+
+/// Tears down: a panic here would hide the one that a test may be unwinding from.
+fn undo(program: &str, arguments: &[&str]) {
+    let status = Command::new(program).args(arguments).status();
+    if !status.as_ref().is_ok_and(ExitStatus::success) {
+        eprintln!("{program} {arguments:?}: {status:?}");
+    }
+}
