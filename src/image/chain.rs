@@ -8,6 +8,9 @@ use crate::ground::range::{Allocation, ByteRange, Extent};
 use std::io;
 use std::sync::{Arc, Mutex};
 
+/// Extents of layers that one call merges at most: more would not be cheap.
+const MERGE_LIMIT: usize = 1 << 14;
+
 /// Layers, the top one first. Read-only.
 pub struct Chain {
     layers: Vec<Arc<dyn Image>>,
@@ -59,7 +62,10 @@ impl Image for Chain {
         let mut unallocated = std::mem::take(&mut *lock());
         unallocated.resize(self.layers.len(), ByteRange::default());
         let (_, mut found) = self.locate(range, &mut unallocated)?;
-        while found.range.end() < range.end() {
+        for _ in 0..MERGE_LIMIT {
+            if found.range.end() == range.end() {
+                break;
+            }
             let rest = ByteRange::between(found.range.end(), range.end());
             let (_, next) = self.locate(rest, &mut unallocated)?;
             if next.allocation != found.allocation {

@@ -85,9 +85,10 @@ impl Map {
         Walk { map: self, at: range.offset, end: range.end(), data_length, table: None, mixed: None }
     }
 
-    /// The same, with neighbours merged that are one run of the host file, all zero, or unallocated.
-    pub fn runs(&self, range: ByteRange, data_length: u64) -> Runs<'_> {
-        Runs { walk: self.walk(range, data_length), next: None }
+    /// The same, with neighbours merged that are one run of the host file, all zero, or unallocated. Ends early after
+    /// `limit` pieces.
+    pub fn runs(&self, range: ByteRange, data_length: u64, limit: usize) -> Runs<'_> {
+        Runs { walk: self.walk(range, data_length).take(limit), next: None }
     }
 
     /// Where inflated clusters are kept, too.
@@ -251,7 +252,7 @@ impl Walk<'_> {
 
 /// The merged pieces of a range: see [`Map::runs`].
 pub struct Runs<'a> {
-    walk: Walk<'a>,
+    walk: std::iter::Take<Walk<'a>>,
     next: Option<Piece>,
 }
 
@@ -260,7 +261,7 @@ impl Iterator for Runs<'_> {
 
     fn next(&mut self) -> Option<Piece> {
         let mut run = self.next.take().or_else(|| self.walk.next())?;
-        while let Some(piece) = self.walk.next() {
+        for piece in self.walk.by_ref() {
             self.next = run.join(piece);
             if self.next.is_some() {
                 break;

@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 /// A hole in the host file that is worth to be told apart from the data around it.
 const HOLE: u64 = 64 << 10;
+/// Clusters that one call looks at for its extent: milliseconds, however large the disk.
+const STATUS_LIMIT: usize = 1 << 18;
 
 /// See the module. What is unallocated here reads as zeroes: it takes a [`crate::image::chain::Chain`] to look further.
 pub struct Qcow2 {
@@ -47,8 +49,8 @@ impl Qcow2 {
         &self.header
     }
 
-    fn runs(&self, range: ByteRange) -> Runs<'_> {
-        self.map.runs(range, self.data.length())
+    fn runs(&self, range: ByteRange, limit: usize) -> Runs<'_> {
+        self.map.runs(range, self.data.length(), limit)
     }
 
     /// What the first bytes of `run` are, and how many of them.
@@ -130,7 +132,7 @@ impl Image for Qcow2 {
         debug_assert!(!range.is_empty() && range.end() <= self.length());
         let mut found = None;
         let mut end = range.offset;
-        'runs: for mut run in self.runs(range) {
+        'runs: for mut run in self.runs(range, STATUS_LIMIT) {
             while !run.range.is_empty() {
                 let (allocation, length) = self.allocation(&run)?;
                 if *found.get_or_insert(allocation) != allocation {
@@ -148,7 +150,7 @@ impl Image for Qcow2 {
         let range = ByteRange::new(offset, buf.len() as u64);
         debug_assert!(range.end() <= self.length());
         let cluster_size = self.header.cluster_size();
-        let mut runs = self.runs(range).peekable();
+        let mut runs = self.runs(range, usize::MAX).peekable();
         let mut rest = buf;
         while let Some(run) = runs.next() {
             if let Some(mut batch) = Batch::of(&run) {

@@ -155,7 +155,7 @@ fn a_truncated_image_is_an_error_and_never_silent() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn many_bytes_may_be_anything(
@@ -310,4 +310,20 @@ fn part_of_a_compressed_cluster_is_inflated_once() {
         assert_eq!(found, noise[at..at + 512]);
     }
     assert_eq!(*disk.reads.lock().unwrap(), [], "from memory");
+}
+
+#[test]
+fn one_call_looks_at_a_bounded_number_of_clusters() {
+    let mut header = Header::parse(&samples()[0].0).expect("a good image");
+    let entries = 1 << 16;
+    (header.l1_size, header.l1_table_offset, header.size) = (entries, 1024, u64::from(entries) << 15);
+    let mut bytes = header.encode().expect("fits");
+    // The L2 table at 512 is of zero clusters alone, and every L1 entry names it.
+    bytes.resize(512, 0);
+    bytes.extend(1u64.to_be_bytes().repeat(64));
+    bytes.extend(512u64.to_be_bytes().repeat(entries as usize));
+    let image = open_bytes(&bytes).expect("opens");
+    let whole = ByteRange::new(0, image.length());
+    let extent = image.block_status(whole).expect("asks");
+    assert_eq!(extent, Extent::zero(whole.prefix((STATUS_LIMIT as u64) << 9)));
 }
