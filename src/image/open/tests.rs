@@ -458,7 +458,9 @@ fn what_is_no_image_is_refused_in_one_line() {
     assert!(refusal(&other, &QCOW2).contains("does not start with the magic"));
     assert!(refusal(&folder.path("gone"), &ANY).contains("gone': No such file"));
     assert!(refusal(folder.0.path(), &ANY).contains("open source"));
-    assert_eq!(open_source(&empty, &ANY).expect("an empty raw image").virtual_size, 0);
+    assert!(refusal(&empty, &ANY).ends_with("empty' is empty; if a disk of no bytes is meant, say raw"));
+    let raw = SourceOptions { format: Some(Format::Raw), ..ANY };
+    assert_eq!(open_source(&empty, &raw).expect("an empty raw image").virtual_size, 0);
 }
 
 #[test]
