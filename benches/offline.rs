@@ -98,7 +98,7 @@ fn raw_sparse(path: &Path, bytes: u64) {
     let mut allocated = 0;
     while allocated < bytes / 4 {
         let length = (64 << 10) << (random.next() % 9);
-        let offset = random.next() % ((bytes - length) >> 16) << 16;
+        let offset = (random.next() % ((bytes - length) >> 16)) << 16;
         random.noise(&mut buffer[..length as usize]);
         file.write_all_at(&buffer[..length as usize], offset).unwrap();
         allocated += length;

@@ -23,7 +23,7 @@ _drive__backup() {
 
     case "${cmd}" in
         drive__backup)
-            opts="-q -v -h -V --device --source-format --no-backing --allow-inconsistent --target --format --mode --cluster-size --compress --sparse --no-fsync --speed --workers --direct --on-source-error --on-target-error --json --progress --progress-interval --quiet --verbose --help --version"
+            opts="-q -v -h -V --device --source-format --no-backing --allow-inconsistent --target --format --mode --cluster-size --compress --sparse --no-fsync --speed --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --on-source-error --on-target-error --json --progress --progress-interval --quiet --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -89,6 +89,44 @@ _drive__backup() {
                     ;;
                 --workers)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --writer)
+                    COMPREPLY=($(compgen -W "auto required none" -- "${cur}"))
+                    return 0
+                    ;;
+                --writer-dir)
+                    COMPREPLY=()
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o plusdirs
+                    fi
+                    return 0
+                    ;;
+                --snapshot)
+                    COMPREPLY=($(compgen -W "auto overlay reflink" -- "${cur}"))
+                    return 0
+                    ;;
+                --overlay)
+                    COMPREPLY=()
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o plusdirs
+                    fi
+                    return 0
+                    ;;
+                --overlay-limit)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --freeze-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cbw-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --on-cbw-error)
+                    COMPREPLY=($(compgen -W "break-snapshot break-guest-write" -- "${cur}"))
                     return 0
                     ;;
                 --on-source-error)

@@ -9,9 +9,22 @@ existing\t'Write into the image that is there, in place'"
 complete -c drive-backup -l cluster-size -d 'Cluster size of a new qcow2: a power of two from 512 to 2M; 64K by default' -r
 complete -c drive-backup -l compress -d 'Compress a new qcow2: zlib or zstd; with a level, 1 to 9 or 1 to 22, as in zstd:9' -r
 complete -c drive-backup -l sparse -d 'Turn runs of zero bytes into holes' -r -f -a "auto\t'Wherever the target can have holes'
-never\t'Write zeroes that the source stores; its holes stay holes'"
+never\t'Write every byte'"
 complete -c drive-backup -l speed -d 'Limit in bytes a second, such as 50M; 0, off and unlimited mean none' -r
 complete -c drive-backup -l workers -d 'Number of copying threads; by default one for each core' -r
+complete -c drive-backup -l writer -d 'Whether a cooperating writer takes part' -r -f -a "auto\t'If there is one'
+required\t'Without one the backup does not start'
+none\t'Nobody is looked for'"
+complete -c drive-backup -l writer-dir -d 'Where writers and backups find each other' -r -f -a "(__fish_complete_directories)"
+complete -c drive-backup -l snapshot -d 'What keeps the instant' -r -f -a "auto\t'A clone where the file system can, else the overlay'
+overlay\t'The overlay: what writers are about to overwrite is saved first'
+reflink\t'A clone of the file system, or the backup does not start'"
+complete -c drive-backup -l overlay -d 'Folder for what writers are about to overwrite, or memory; by default TMPDIR, else /var/tmp' -r -f -a "(__fish_complete_directories)"
+complete -c drive-backup -l overlay-limit -d 'The most that the overlay may hold; 0, off and unlimited mean no limit' -r
+complete -c drive-backup -l freeze-timeout -d 'In how many seconds all writers must be frozen' -r
+complete -c drive-backup -l cbw-timeout -d 'In how many seconds the old contents must be saved for a waiting write' -r
+complete -c drive-backup -l on-cbw-error -d 'What happens when they can\'t be' -r -f -a "break-snapshot\t'The write goes on, the backup fails: exit status 6'
+break-guest-write\t'The write fails, the backup goes on'"
 complete -c drive-backup -l on-source-error -d 'What a read error of the source does' -r -f -a "report\t'End with the error'
 ignore\t'Go on: an unreadable source range becomes zeroes, an unwritable target range is skipped; exit status 3'
 enospc\t'Stop when the target is full, else report'

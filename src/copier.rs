@@ -95,6 +95,9 @@ impl<'a> Copier<'a> {
         if self.tracker.is_lost() {
             return Err(Error::new(Kind::InstantLost, "a copy failed after its source had been released to a writer"));
         }
+        if !self.tracker.is_done() {
+            return Err(Error::new(Kind::InstantLost, "the instant was given up before everything was copied"));
+        }
         let mut losses = self.losses.into_inner().unwrap_or_else(PoisonError::into_inner);
         merge(&mut losses.unreadable);
         merge(&mut losses.skipped);

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 pub enum Gate {
     /// Go on.
     Go,
-    /// Give up: the job was cancelled.
+    /// Give up: the job was cancelled or interrupted.
     Cancelled,
 }
 
@@ -38,12 +38,19 @@ pub struct Job {
 struct Control {
     phase: Phase,
     cancelled: bool,
+    interrupted: bool,
     paused_by_user: bool,
     stopped_by_error: bool,
     rate: Option<u64>,
     throttle: Throttle,
     gauges: Option<Arc<dyn Gauges>>,
     abandon: Vec<Box<dyn FnOnce() + Send>>,
+}
+
+impl Control {
+    fn is_over(&self) -> bool {
+        self.cancelled || self.interrupted
+    }
 }
 
 impl Job {
@@ -53,6 +60,7 @@ impl Job {
             control: Mutex::new(Control {
                 phase: Phase::Prepare,
                 cancelled: false,
+                interrupted: false,
                 paused_by_user: false,
                 stopped_by_error: false,
                 rate,
@@ -79,7 +87,7 @@ impl Job {
     pub fn gate(&self) -> Gate {
         let mut control = self.control();
         loop {
-            if control.cancelled {
+            if control.is_over() {
                 return Gate::Cancelled;
             }
             if control.paused_by_user || control.stopped_by_error {
@@ -106,10 +114,10 @@ impl Job {
         self.control().stopped_by_error = true;
         tell();
         let mut control = self.control();
-        while control.stopped_by_error && !control.cancelled {
+        while control.stopped_by_error && !control.is_over() {
             control = self.wake.wait(control).unwrap_or_else(PoisonError::into_inner);
         }
-        if control.cancelled { Gate::Cancelled } else { Gate::Go }
+        if control.is_over() { Gate::Cancelled } else { Gate::Go }
     }
 
     /// Stands still at the next gate. Captures for writers go on: the instant can't pause.
@@ -130,6 +138,12 @@ impl Job {
         let mut control = self.control();
         control.cancelled = true;
         control.phase = Phase::Cancel;
+        self.wake.notify_all();
+    }
+
+    /// Ends the job at the next gate, since it failed elsewhere: whoever calls this knows why.
+    pub fn interrupt(&self) {
+        self.control().interrupted = true;
         self.wake.notify_all();
     }
 

@@ -4,7 +4,7 @@ use crate::error::Error;
 use crate::ground::policy::Action;
 use crate::ground::range::ByteRange;
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// Listens to a job. Called from the engine's threads: must return at once, whatever its own readers do.
 pub trait Monitor: Send + Sync {
@@ -73,6 +73,10 @@ pub struct Started {
     pub point_in_time: SystemTime,
     /// How it was taken.
     pub instant: Instant,
+    /// Writers attached.
+    pub writers: usize,
+    /// For how long they were frozen.
+    pub frozen: Option<Duration>,
 }
 
 /// Something that ends nothing.

@@ -1,9 +1,12 @@
-//! The instant that a copy shows: a clone that the file system made, or a source that did not change.
+//! The instant that a copy shows: of a clone that the file system made, of a source whose writers were frozen and are
+//! trapped since, or of a source that does not change.
 
 use super::destination::Destination;
-use super::options::Options;
+use super::guard::{Gauge, Guard};
+use super::options::{Options, OverlayPlace, SnapshotChoice, WriterChoice};
 use super::origin::Origin;
 use crate::error::{Error, Kind, Result, Side};
+use crate::ground::cluster::ClusterSize;
 use crate::image::Image;
 use crate::image::clone;
 use crate::image::format::Format;
@@ -12,10 +15,32 @@ use crate::image::medium::Medium;
 use crate::image::open::SourceFile;
 use crate::image::raw::Raw;
 use crate::image::stability::Fingerprint;
+use crate::job::Job;
 use crate::monitor::{Instant, Warning};
-use std::path::Path;
+use crate::ring::folder::{self, Disk};
+use crate::ring::server::{self, Frozen, Writers};
+use crate::snapshot::copy_state::{CopyState, Plan};
+use crate::snapshot::overlay::Overlay;
+use crate::snapshot::preserve::Preserver;
+use crate::snapshot::tracker::Tracker;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
+
+/// Threads for each writer: so many of its trapped writes may be captured at once.
+const PRESERVING_THREADS: usize = 2;
+
+/// A disk whose ends are open, before its instant.
+pub struct Ready<'a> {
+    /// What is asked for.
+    pub options: &'a Options,
+    /// Its job.
+    pub job: &'a Arc<Job>,
+    /// Where from.
+    pub origin: Origin,
+    /// Where to.
+    pub destination: Destination,
+}
 
 /// The disk as of one instant.
 pub struct Moment {
@@ -23,74 +48,192 @@ pub struct Moment {
     how: Instant,
     time: SystemTime,
     on_target: bool,
+    frozen: Option<Duration>,
     /// How the source's files looked at the instant, where nothing else keeps it.
     before: Vec<Fingerprint>,
     warnings: Vec<Warning>,
-    #[expect(dead_code, reason = "held")]
+    granule: u64,
+    tracker: Arc<Tracker>,
+    overlay: Option<Arc<Overlay>>,
+    writers: Option<Arc<Writers>>,
     locks: Vec<ImageLock>,
 }
 
+/// The writers of one disk, attached; `None`: none may be.
+struct Gathered {
+    writers: Option<Writers>,
+    cluster_size: ClusterSize,
+    warnings: Vec<Warning>,
+}
+
 impl Moment {
-    /// Clones the source where the file system can; otherwise locks it against writers and takes its fingerprint.
-    pub fn take(options: &Options, origin: &Origin, destination: &Destination) -> Result<Self> {
-        match Self::cloned(options, origin, destination)? {
-            Some(moment) => Ok(moment),
-            None => Self::watched(options, origin),
+    /// One instant of several disks: all their writers are frozen, then it is kept for each of them, then all go on.
+    /// All or nothing: after an error no writer is trapped.
+    pub fn take_all(disks: &[Ready<'_>]) -> Result<Vec<Self>> {
+        let gathered: Vec<Gathered> = disks.iter().map(Gathered::of).collect::<Result<_>>()?;
+        let with_writers: Vec<&Writers> = gathered.iter().filter_map(|disk| disk.writers.as_ref()).collect();
+        let mut frozen = Writers::freeze_all(&with_writers)?.into_iter();
+        let frozen: Vec<Option<Frozen>> =
+            gathered.iter().map(|disk| disk.writers.as_ref().and_then(|_| frozen.next())).collect();
+        let time = SystemTime::now();
+        let mut moments = Vec::new();
+        for (disk, gathered) in disks.iter().zip(gathered) {
+            moments.push(Self::keep(disk, gathered, time)?);
         }
+        for (moment, (disk, frozen)) in moments.iter_mut().zip(disks.iter().zip(frozen)) {
+            moment.thaw(disk, frozen)?;
+        }
+        Ok(moments)
     }
 
-    /// Of a raw file: one call, atomic against every writer.
-    fn cloned(options: &Options, origin: &Origin, destination: &Destination) -> Result<Option<Self>> {
-        let [SourceFile { path, raw, .. }] = origin.files() else { return Ok(None) };
-        if origin.format() != Format::Raw || raw.medium() != Medium::File {
-            return Ok(None);
-        }
-        let moment = |image, on_target| {
-            let how = Instant::Reflink;
-            Self {
-                image,
-                how,
-                time: SystemTime::now(),
-                on_target,
-                before: Vec::new(),
-                warnings: Vec::new(),
-                locks: Vec::new(),
-            }
+    /// Everything that keeps the instant, while the writers are still frozen.
+    fn keep(disk: &Ready<'_>, gathered: Gathered, time: SystemTime) -> Result<Self> {
+        let Gathered { writers, cluster_size, mut warnings } = gathered;
+        let properties = disk.destination.image().properties();
+        let granule = cluster_size.bytes().max(properties.cluster_size);
+        let plan = Plan { granule, ascending: properties.sequential };
+        let length = disk.origin.length();
+        let tracker = Arc::new(Tracker::new(CopyState::new(length, cluster_size, plan)));
+        let mut moment = Self {
+            image: disk.origin.image(),
+            how: Instant::Unchanging,
+            time,
+            on_target: false,
+            frozen: None,
+            before: Vec::new(),
+            warnings: Vec::new(),
+            granule,
+            tracker,
+            overlay: None,
+            writers: writers.map(Arc::new),
+            locks: Vec::new(),
         };
+        let attached = moment.writers.as_ref().map_or(0, |writers| writers.attached());
+        if disk.options.snapshot != SnapshotChoice::Overlay && moment.clone_from(disk)? {
+            moment.how = Instant::Reflink;
+        } else if disk.options.snapshot == SnapshotChoice::Reflink {
+            let path = disk.options.device.display();
+            return Err(Error::new(
+                Kind::Source,
+                format!("source '{path}' can't be cloned here, and --snapshot=reflink asks for it"),
+            ));
+        } else {
+            if attached > 0 {
+                moment.how = Instant::Frozen;
+                // Its writers have flushed their tables: what was read before is out of date.
+                moment.image = disk.origin.reopen(disk.options)?;
+            } else if disk.options.allow_inconsistent {
+                moment.how = Instant::Unchecked;
+            }
+            moment.watch(disk)?;
+            moment.guard(disk, &mut warnings)?;
+        }
+        moment.warnings.extend(warnings);
+        Ok(moment)
+    }
+
+    /// Of a raw file: one call, atomic against every writer. False where it can't be.
+    fn clone_from(&mut self, disk: &Ready<'_>) -> Result<bool> {
+        let [SourceFile { path, raw, .. }] = disk.origin.files() else { return Ok(false) };
+        if disk.origin.format() != Format::Raw || raw.medium() != Medium::File {
+            return Ok(false);
+        }
         let failed = |e| Error::file(Side::Source, "clone", path, e);
-        if let Some(target) = destination.clonable().filter(|_| options.sparse)
+        if let Some(target) = disk.destination.clonable().filter(|_| disk.options.sparse)
             && clone::clone_into(raw.as_file(), target.as_file()).map_err(failed)?
         {
-            return Ok(Some(moment(origin.image(), true)));
+            self.on_target = true;
+            return Ok(true);
         }
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let Some(clone) = clone::clone_unlinked(raw.as_file(), folder).map_err(failed)? else { return Ok(None) };
+        let Some(clone) = clone::clone_unlinked(raw.as_file(), folder).map_err(failed)? else { return Ok(false) };
         let clone = Raw::of(clone).map_err(failed)?;
-        let clone = if options.direct { clone.with_direct().map_err(failed)? } else { clone };
-        Ok(Some(moment(Arc::new(clone), false)))
+        self.image = Arc::new(if disk.options.direct { clone.with_direct().map_err(failed)? } else { clone });
+        Ok(true)
     }
 
-    fn watched(options: &Options, origin: &Origin) -> Result<Self> {
-        let terms = if options.allow_inconsistent { Terms::ReadShared } else { Terms::Read };
-        let (mut locks, mut warnings) = (Vec::new(), Vec::new());
-        for file in origin.files() {
+    /// Locks the source's files, and looks at them for [`Moment::check`].
+    fn watch(&mut self, disk: &Ready<'_>) -> Result<()> {
+        let terms = if self.how == Instant::Unchanging { Terms::Read } else { Terms::ReadShared };
+        for file in disk.origin.files() {
             match lock::acquire(file.raw.as_file(), &file.path, Side::Source, terms)? {
-                Protection::Locked(lock) => locks.push(lock),
-                Protection::Unsupported(message) => warnings.push(Warning::general("no_locks", message)),
+                Protection::Locked(lock) => self.locks.push(lock),
+                Protection::Unsupported(message) => self.warnings.push(Warning::general("no_locks", message)),
             }
         }
-        let before = fingerprints(origin)?;
-        let how = if options.allow_inconsistent { Instant::Unchecked } else { Instant::Unchanging };
-        let moment =
-            Self { image: origin.image(), how, time: SystemTime::now(), on_target: false, before, warnings, locks };
-        // What can be told at once (a mounted device) must not cost a whole copy first.
-        moment.compare(origin, &moment.before)?;
-        Ok(moment)
+        if self.how != Instant::Frozen {
+            self.before = fingerprints(&disk.origin)?;
+            // What can be told at once (a mounted device) must not cost a whole copy first.
+            self.compare(&disk.origin, &self.before)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the overlay for what writers are about to overwrite, those too that start later.
+    fn guard(&mut self, disk: &Ready<'_>, warnings: &mut Vec<Warning>) -> Result<()> {
+        if self.writers.is_none() {
+            return Ok(());
+        }
+        let (length, limit) = (self.image.length(), disk.options.overlay_limit);
+        let overlay = match &disk.options.overlay {
+            OverlayPlace::Folder(folder) => Overlay::in_folder(folder, length, limit),
+            OverlayPlace::Memory => Overlay::in_memory(length, limit),
+        };
+        match overlay {
+            Ok(overlay) => self.overlay = Some(Arc::new(overlay)),
+            // Nobody writes so far; one who starts later will be noticed, at the latest at the end.
+            Err(error) if self.how != Instant::Frozen && disk.options.writer == WriterChoice::Auto => {
+                self.writers = None;
+                warnings
+                    .push(Warning::general("no_overlay", format!("writers that start now can't be served: {error}")));
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Lets the writers go on: for good, or into trapping.
+    fn thaw(&mut self, disk: &Ready<'_>, frozen: Option<Frozen>) -> Result<()> {
+        let (Some(frozen), Some(writers)) = (frozen, &self.writers) else { return Ok(()) };
+        let attached = writers.attached() > 0;
+        let duration = match &self.overlay {
+            None => frozen.release()?,
+            Some(overlay) => {
+                self.tracker.attach_free_map(writers.free_map());
+                let preserver = Preserver::new(self.tracker.clone(), self.image.clone(), overlay.clone());
+                let guard = Guard::new(preserver, disk.job);
+                let gauge = Gauge::new(overlay.clone(), writers.clone());
+                disk.job.set_gauges(Arc::new(gauge));
+                let released = writers.clone();
+                disk.job.on_abandon(move || drop(released.finish()));
+                frozen.thaw(Arc::new(guard))?
+            }
+        };
+        self.frozen = attached.then_some(duration);
+        if self.overlay.is_none() {
+            self.writers = None;
+        }
+        Ok(())
     }
 
     /// The disk's contents as of the instant, or as they are now and must not change.
     pub fn image(&self) -> &dyn Image {
         self.image.as_ref()
+    }
+
+    /// Who holds what.
+    pub fn tracker(&self) -> &Tracker {
+        &self.tracker
+    }
+
+    /// Bytes: claims are multiples of it.
+    pub fn granule(&self) -> u64 {
+        self.granule
+    }
+
+    /// Where overwritten clusters are, if there can be writers.
+    pub fn overlay(&self) -> Option<&Overlay> {
+        self.overlay.as_deref()
     }
 
     /// How it was taken.
@@ -103,6 +246,16 @@ impl Moment {
         self.time
     }
 
+    /// For how long writers were frozen, if there were any.
+    pub fn frozen(&self) -> Option<Duration> {
+        self.frozen
+    }
+
+    /// Number of writers attached now.
+    pub fn writers(&self) -> usize {
+        self.writers.as_ref().map_or(0, |writers| writers.attached())
+    }
+
     /// The target has it already: it was cloned there.
     pub fn is_on_target(&self) -> bool {
         self.on_target
@@ -113,9 +266,21 @@ impl Moment {
         self.warnings.iter()
     }
 
-    /// After the last read: did the source change meanwhile? False: it did, and the user allows it.
+    /// Why the instant is lost, if it is known to be. Says more than a copier that was stopped for it.
+    pub fn lost(&self) -> Option<Error> {
+        self.writers.as_ref().and_then(|writers| writers.lost())
+    }
+
+    /// After the last read: is the copy as of the instant? Lets the writers go, whatever the answer. False: the source
+    /// changed, and the user allows it.
     pub fn check(&self, origin: &Origin) -> Result<bool> {
-        if self.before.is_empty() { Ok(true) } else { self.compare(origin, &fingerprints(origin)?) }
+        let mut had_writers = false;
+        if let Some(writers) = &self.writers {
+            writers.finish()?;
+            had_writers = writers.counts().ever > 0;
+        }
+        // One who started after the instant was trapped, and changed the source in our sight.
+        if self.before.is_empty() || had_writers { Ok(true) } else { self.compare(origin, &fingerprints(origin)?) }
     }
 
     fn compare(&self, origin: &Origin, after: &[Fingerprint]) -> Result<bool> {
@@ -128,6 +293,54 @@ impl Moment {
                 let what = format!("source '{}' is not consistent: {change}", path.display());
                 Err(Error::new(Kind::Source, what))
             }
+        }
+    }
+}
+
+impl Drop for Moment {
+    fn drop(&mut self) {
+        // However the copy ended, nobody has to wait for it any more.
+        if let Some(writers) = &self.writers {
+            let _ = writers.finish();
+        }
+    }
+}
+
+impl Gathered {
+    /// Attaches to the writers of a disk's image.
+    fn of(disk: &Ready<'_>) -> Result<Self> {
+        let options = disk.options;
+        let natural = ClusterSize::for_device(disk.origin.length());
+        let of_image = disk.origin.image().properties().cluster_size.max(natural.bytes());
+        let mut gathered = Self { writers: None, cluster_size: ClusterSize::new(of_image), warnings: Vec::new() };
+        if options.writer == WriterChoice::None {
+            return Ok(gathered);
+        }
+        let terms = server::Options {
+            length: disk.origin.length(),
+            cluster_size: gathered.cluster_size,
+            freeze_timeout: options.freeze_timeout,
+            cbw_timeout: options.cbw_timeout,
+            on_cbw_error: options.on_cbw_error,
+            threads: PRESERVING_THREADS,
+        };
+        let folder: PathBuf = options.writer_dir.clone().unwrap_or_else(folder::default_path);
+        let file = disk.origin.files()[0].raw.as_file();
+        let attached = Disk::open(file)
+            .map_err(|e| Error::file(Side::Source, "stat", &options.device, e))
+            .and_then(|disk| Writers::attach(disk, &folder, terms));
+        match attached {
+            Ok(writers) if options.writer == WriterChoice::Required && writers.attached() == 0 => {
+                let what = format!("no cooperating writer of '{}' is running", options.device.display());
+                Err(Error::new(Kind::Source, what))
+            }
+            Ok(writers) => Ok(Self { writers: Some(writers), ..gathered }),
+            // Without the folder there are no writers to be found, and a source that changes will be noticed.
+            Err(error) if error.kind() == Kind::Other && options.writer == WriterChoice::Auto => {
+                gathered.warnings.push(Warning::general("no_writer_folder", error.to_string()));
+                Ok(gathered)
+            }
+            Err(error) => Err(error),
         }
     }
 }

@@ -1,67 +1,115 @@
-//! A whole backup: options in, a published copy or a failure out.
+//! Whole backups: options in, published copies or failures out.
 
 mod destination;
+mod guard;
 mod instant;
 mod options;
 mod origin;
 mod outcome;
 
-pub use options::{Mode, Options, Target};
+pub use crate::ring::server::OnCbwError;
+pub use options::{Mode, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
 pub use outcome::{Failure, Summary, TargetState};
 
 use crate::copier::{Copier, Ends, Losses, Rules};
 use crate::error::{Error, Kind, Result};
-use crate::ground::cluster::ClusterSize;
 use crate::ground::status::Phase;
 use crate::job::Job;
 use crate::monitor::{Event, Monitor, Started};
-use crate::snapshot::copy_state::{CopyState, Plan};
-use crate::snapshot::tracker::Tracker;
 use destination::Destination;
-use instant::Moment;
+use instant::{Moment, Ready};
 use origin::Origin;
 use std::sync::Arc;
+use std::thread;
 
-/// Blocks less than this are not worth a hole: it is the page of the file systems' caches.
+/// Bytes: blocks shorter than this are not worth a hole; it is the page of the file systems' caches.
 const SMALLEST_HOLE: u64 = 4 << 10;
 
-/// Backs up one disk. Blocks until the copy is published, or has failed, or was cancelled through `job`; may hang as
-/// long as the source's or the target's storage does ([`Job::abandon`] undoes for whoever can't wait).
-pub fn run(options: &Options, job: &Arc<Job>, monitor: &dyn Monitor) -> Result<Summary, Failure> {
-    let mut target = TargetState::Untouched;
-    back_up(options, job, monitor, &mut target).map_err(|error| Failure { error, target })
+/// One disk to back up, and who steers and watches it.
+#[derive(Clone, Copy)]
+pub struct Disk<'a> {
+    /// What is asked for.
+    pub options: &'a Options,
+    /// Steers and counts.
+    pub job: &'a Arc<Job>,
+    /// Hears.
+    pub monitor: &'a dyn Monitor,
 }
 
-fn back_up(options: &Options, job: &Job, monitor: &dyn Monitor, state: &mut TargetState) -> Result<Summary> {
+/// Backs up one disk; see [`run_all`].
+pub fn run(options: &Options, job: &Arc<Job>, monitor: &dyn Monitor) -> Result<Summary, Failure> {
+    run_all(&[Disk { options, job, monitor }]).remove(0)
+}
+
+/// Backs up disks as of one instant, a job each. Blocks until all copies are published, have failed or were cancelled
+/// through their jobs; may hang as long as the storage does ([`Job::abandon`] undoes for whoever can't wait).
+///
+/// All or nothing until the instant is taken: one disk that can't start fails all of them. From then on each is on its
+/// own. The results are in the order of `disks`.
+pub fn run_all(disks: &[Disk<'_>]) -> Vec<Result<Summary, Failure>> {
+    let started = match start(disks) {
+        Ok(started) => started,
+        Err(refusal) => return fail_all(disks, *refusal),
+    };
+    thread::scope(|scope| {
+        let copies: Vec<_> = disks
+            .iter()
+            .zip(started)
+            .map(|(&disk, (ready, moment))| {
+                let target = ready.destination.state_if_failed();
+                scope.spawn(move || back_up(disk, ready, &moment).map_err(|error| Failure { error, target }))
+            })
+            .collect();
+        copies.into_iter().map(|copy| copy.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
+}
+
+/// Why nothing was started, and the place of the disk at fault, if it is one's.
+struct Refusal {
+    culprit: Option<usize>,
+    error: Error,
+}
+
+/// Opens all ends, takes the one instant.
+fn start<'a>(disks: &[Disk<'a>]) -> Result<Vec<(Ready<'a>, Moment)>, Box<Refusal>> {
+    let mut ready = Vec::new();
+    for (place, &disk) in disks.iter().enumerate() {
+        ready.push(open(disk).map_err(|error| Refusal { culprit: Some(place), error })?);
+    }
+    let moments = Moment::take_all(&ready).map_err(|error| Refusal { culprit: None, error })?;
+    Ok(ready.into_iter().zip(moments).collect())
+}
+
+fn open(disk: Disk<'_>) -> Result<Ready<'_>> {
+    let Disk { options, job, monitor } = disk;
     let origin = Origin::open(options)?;
     origin.warnings().for_each(|warning| monitor.event(Event::Warning(&warning)));
     let destination = Destination::open(options, &origin)?;
     destination.warnings().for_each(|warning| monitor.event(Event::Warning(warning)));
     destination.undo_with(job);
-    let moment = Moment::take(options, &origin, &destination)?;
-    moment.warnings().for_each(|warning| monitor.event(Event::Warning(warning)));
+    job.set_total(origin.length());
+    Ok(Ready { options, job, origin, destination })
+}
 
-    let total = origin.length();
-    job.set_total(total);
-    *state = destination.state_if_failed();
-    monitor.event(Event::Started(&Started {
-        device: options.device.clone(),
-        source_format: origin.format().name(),
-        virtual_size: total,
-        target: destination.path().map(ToOwned::to_owned),
-        target_format: destination.format().name(),
-        target_kind: destination.kind(),
-        point_in_time: moment.time(),
-        instant: moment.how(),
-    }));
+/// The culprit's error is its own, the others hear of it.
+fn fail_all(disks: &[Disk<'_>], Refusal { culprit, error }: Refusal) -> Vec<Result<Summary, Failure>> {
+    let (kind, why) = (error.kind(), error.to_string());
+    let mut error = Some(error);
+    let of = |place: usize| match error.take_if(|_| culprit.is_none_or(|culprit| culprit == place)) {
+        Some(error) => error,
+        None => Error::new(kind, format!("not started, since another disk of this backup failed: {why}")),
+    };
+    (0..disks.len()).map(of).map(|error| Err(Failure { error, target: TargetState::Untouched })).collect()
+}
+
+fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary> {
+    let Disk { options, job, monitor } = disk;
+    let Ready { origin, destination, .. } = ready;
+    moment.warnings().for_each(|warning| monitor.event(Event::Warning(warning)));
+    monitor.event(Event::Started(&started(options, &origin, &destination, moment)));
 
     job.enter(Phase::Copy);
-    let losses = if moment.is_on_target() {
-        job.count_data(total);
-        Losses::default()
-    } else {
-        copy(options, job, monitor, &moment, &destination)?
-    };
+    let losses = copy(disk, moment, &destination).map_err(|error| moment.lost().unwrap_or(error))?;
     let consistent = moment.check(&origin)?;
 
     job.enter(Phase::Flush);
@@ -73,7 +121,7 @@ fn back_up(options: &Options, job: &Job, monitor: &dyn Monitor, state: &mut Targ
     destination.publish(options.fsync)?.iter().for_each(|warning| monitor.event(Event::Warning(warning)));
     let now = job.snapshot();
     Ok(Summary {
-        total,
+        total: origin.length(),
         data: now.data,
         zero: now.zero,
         durable: options.fsync,
@@ -83,26 +131,35 @@ fn back_up(options: &Options, job: &Job, monitor: &dyn Monitor, state: &mut Targ
     })
 }
 
+fn started(options: &Options, origin: &Origin, destination: &Destination, moment: &Moment) -> Started {
+    Started {
+        device: options.device.clone(),
+        source_format: origin.format().name(),
+        virtual_size: origin.length(),
+        target: destination.path().map(ToOwned::to_owned),
+        target_format: destination.format().name(),
+        target_kind: destination.kind(),
+        point_in_time: moment.time(),
+        instant: moment.how(),
+        writers: moment.writers(),
+        frozen: moment.frozen(),
+    }
+}
+
 /// Moves every byte of the moment to the destination.
-fn copy(
-    options: &Options,
-    job: &Job,
-    monitor: &dyn Monitor,
-    moment: &Moment,
-    destination: &Destination,
-) -> Result<Losses> {
-    let (source, target) = (moment.image(), destination.image());
-    let size = ClusterSize::for_device(source.length());
-    let properties = target.properties();
-    let granule = size.bytes().max(properties.cluster_size);
-    let plan = Plan { granule, ascending: properties.sequential };
-    let tracker = Tracker::new(CopyState::new(source.length(), size, plan));
+fn copy(disk: Disk<'_>, moment: &Moment, destination: &Destination) -> Result<Losses> {
+    let Disk { options, job, monitor } = disk;
+    if moment.is_on_target() {
+        job.count_data(moment.image().length());
+        return Ok(Losses::default());
+    }
+    let target = destination.image();
     let rules = Rules {
-        granule,
-        hole: options.sparse.then(|| SMALLEST_HOLE.max(properties.cluster_size)),
+        granule: moment.granule(),
+        hole: options.sparse.then(|| SMALLEST_HOLE.max(target.properties().cluster_size)),
         on_source_error: options.on_source_error,
         on_target_error: options.on_target_error,
     };
-    let ends = Ends { source, overlay: None, target };
-    Copier::new(job, monitor, &tracker, ends, rules).run(options.workers)
+    let ends = Ends { source: moment.image(), overlay: moment.overlay(), target };
+    Copier::new(job, monitor, moment.tracker(), ends, rules).run(options.workers)
 }

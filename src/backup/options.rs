@@ -3,7 +3,9 @@
 use crate::ground::policy::OnError;
 use crate::image::format::Format;
 use crate::image::qcow2::CompressOptions;
+use crate::ring::server::OnCbwError;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// QEMU's NewImageMode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +23,37 @@ pub enum Target {
     Path(PathBuf),
     /// A raw stream to standard output.
     Stdout,
+}
+
+/// Whether a cooperating writer takes part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriterChoice {
+    /// If there is one.
+    Auto,
+    /// Without one the backup does not start.
+    Required,
+    /// Nobody is looked for.
+    None,
+}
+
+/// What keeps the instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotChoice {
+    /// A clone where the file system can, else the overlay.
+    Auto,
+    /// The overlay.
+    Overlay,
+    /// A clone, or the backup does not start.
+    Reflink,
+}
+
+/// Where clusters are saved that a writer is about to overwrite.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OverlayPlace {
+    /// An unlinked file in this folder.
+    Folder(PathBuf),
+    /// Memory.
+    Memory,
 }
 
 /// Everything that a backup needs to know.
@@ -52,6 +85,22 @@ pub struct Options {
     pub workers: usize,
     /// A source that changes is reported, not refused.
     pub allow_inconsistent: bool,
+    /// Whether a cooperating writer takes part.
+    pub writer: WriterChoice,
+    /// Where writers are found; `None`: the user's default folder.
+    pub writer_dir: Option<PathBuf>,
+    /// What keeps the instant.
+    pub snapshot: SnapshotChoice,
+    /// Where overwritten clusters are saved.
+    pub overlay: OverlayPlace,
+    /// Bytes that may be saved at once; `None`: no limit.
+    pub overlay_limit: Option<u64>,
+    /// In which all writers must be frozen.
+    pub freeze_timeout: Duration,
+    /// In which a trapped write must have been captured.
+    pub cbw_timeout: Duration,
+    /// When it can't be.
+    pub on_cbw_error: OnCbwError,
     /// When background reads fail.
     pub on_source_error: OnError,
     /// When background writes fail.

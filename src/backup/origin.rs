@@ -1,7 +1,7 @@
 //! Where the copy comes from: the source with every file that it is made of.
 
 use super::options::Options;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::image::format::Format;
 use crate::image::identity;
@@ -18,8 +18,22 @@ pub struct Origin {
 impl Origin {
     /// Opens the image and its backing chain. Nothing is locked yet.
     pub fn open(options: &Options) -> Result<Self> {
+        Ok(Self { source: Self::source(options)? })
+    }
+
+    fn source(options: &Options) -> Result<Source> {
         let how = SourceOptions { format: options.source_format, backing: options.backing, direct: options.direct };
-        Ok(Self { source: open_source(&options.device, &how)? })
+        open_source(&options.device, &how)
+    }
+
+    /// The disk's contents, from tables that are read again.
+    pub fn reopen(&self, options: &Options) -> Result<Arc<dyn Image>> {
+        let again = Self::source(options)?;
+        if again.format != self.format() || again.image.length() != self.length() {
+            let what = format!("source '{}' was replaced while it was opened", options.device.display());
+            return Err(Error::new(Kind::Source, what));
+        }
+        Ok(again.image)
     }
 
     /// Size of the disk in bytes.

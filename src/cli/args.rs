@@ -10,6 +10,7 @@ use std::time::Duration;
 const COPY: &str = "What to copy";
 const TARGET: &str = "Where to";
 const PACE: &str = "How";
+const INSTANT: &str = "The instant";
 const FAILURE: &str = "When something fails";
 const SIGHT: &str = "What you see";
 
@@ -93,6 +94,43 @@ pub struct Args {
     #[arg(long, help_heading = PACE)]
     pub direct: bool,
 
+    /// Whether a cooperating writer takes part
+    #[arg(long, value_name = "WHEN", default_value = "auto", help_heading = INSTANT)]
+    pub writer: WriterPolicy,
+
+    /// Where writers and backups find each other
+    ///
+    /// By default DRIVE_BACKUP_DIR, else /run/drive-backup for root, $XDG_RUNTIME_DIR/drive-backup, or
+    /// /tmp/drive-backup-UID.
+    #[arg(long, value_name = "DIR", help_heading = INSTANT, value_hint = ValueHint::DirPath)]
+    pub writer_dir: Option<PathBuf>,
+
+    /// What keeps the instant
+    #[arg(long, value_name = "HOW", default_value = "auto", help_heading = INSTANT)]
+    pub snapshot: Snapshot,
+
+    /// Folder for what writers are about to overwrite, or memory; by default TMPDIR, else /var/tmp
+    #[arg(long, value_name = "DIR|memory", help_heading = INSTANT, value_hint = ValueHint::DirPath)]
+    pub overlay: Option<PathBuf>,
+
+    /// The most that the overlay may hold; 0, off and unlimited mean no limit
+    ///
+    /// When it is full, --on-cbw-error decides.
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true, value_parser = limit, default_value = "off", help_heading = INSTANT)]
+    pub overlay_limit: Limit,
+
+    /// In how many seconds all writers must be frozen
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds, default_value = "5", help_heading = INSTANT)]
+    pub freeze_timeout: Duration,
+
+    /// In how many seconds the old contents must be saved for a waiting write
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds, default_value = "30", help_heading = INSTANT)]
+    pub cbw_timeout: Duration,
+
+    /// What happens when they can't be
+    #[arg(long, value_name = "POLICY", default_value = "break-snapshot", help_heading = INSTANT)]
+    pub on_cbw_error: CbwPolicy,
+
     /// What a read error of the source does
     #[arg(long, value_name = "POLICY", default_value = "report", help_heading = FAILURE)]
     pub on_source_error: Policy,
@@ -146,7 +184,7 @@ pub enum NewImageMode {
 pub enum Sparse {
     /// Wherever the target can have holes
     Auto,
-    /// Write zeroes that the source stores; its holes stay holes
+    /// Write every byte
     Never,
 }
 
@@ -161,6 +199,37 @@ pub enum Policy {
     Enospc,
     /// Pause, and try again after Enter on the terminal or SIGCONT
     Stop,
+}
+
+/// Cooperating writers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WriterPolicy {
+    /// If there is one
+    Auto,
+    /// Without one the backup does not start
+    Required,
+    /// Nobody is looked for
+    None,
+}
+
+/// What keeps the instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Snapshot {
+    /// A clone where the file system can, else the overlay
+    Auto,
+    /// The overlay: what writers are about to overwrite is saved first
+    Overlay,
+    /// A clone of the file system, or the backup does not start
+    Reflink,
+}
+
+/// When the old contents can't be saved for a waiting write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CbwPolicy {
+    /// The write goes on, the backup fails: exit status 6
+    BreakSnapshot,
+    /// The write fails, the backup goes on
+    BreakGuestWrite,
 }
 
 /// How progress is shown.
@@ -211,6 +280,14 @@ fn size(text: &str) -> Result<u64, NotASize> {
 
 fn rate(text: &str) -> Result<RateLimit, NotASize> {
     parse_rate(text).map(RateLimit)
+}
+
+/// Bytes; `None`: no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit(pub Option<u64>);
+
+fn limit(text: &str) -> Result<Limit, NotASize> {
+    parse_rate(text).map(Limit)
 }
 
 fn seconds(text: &str) -> Result<Duration, &'static str> {

@@ -1,14 +1,14 @@
 //! From flags to what they ask for: defaults filled in, contradictions refused before anything is opened.
 
-use super::args::{Args, Compress, ImageFormat, NewImageMode, Policy, Sparse};
+use super::args::{Args, CbwPolicy, Compress, ImageFormat, NewImageMode, Policy, Snapshot, Sparse, WriterPolicy};
 use super::progress::Style;
-use crate::backup::{Mode, Options, Target};
+use crate::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
 use crate::error::{Error, Kind, Result};
 use crate::ground::policy::OnError;
 use crate::image::format::Format;
 use crate::image::qcow2::CompressOptions;
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const CLUSTER_SIZES: std::ops::RangeInclusive<u64> = 512..=2 << 20;
@@ -95,8 +95,36 @@ fn options(args: Args, to_stdout: bool) -> Options {
         fsync: !args.no_fsync,
         workers: args.workers.map_or_else(cores, usize::from),
         allow_inconsistent: args.allow_inconsistent,
+        writer: match args.writer {
+            WriterPolicy::Auto => WriterChoice::Auto,
+            WriterPolicy::Required => WriterChoice::Required,
+            WriterPolicy::None => WriterChoice::None,
+        },
+        writer_dir: args.writer_dir,
+        snapshot: match args.snapshot {
+            Snapshot::Auto => SnapshotChoice::Auto,
+            Snapshot::Overlay => SnapshotChoice::Overlay,
+            Snapshot::Reflink => SnapshotChoice::Reflink,
+        },
+        overlay: overlay(args.overlay),
+        overlay_limit: args.overlay_limit.0,
+        freeze_timeout: args.freeze_timeout,
+        cbw_timeout: args.cbw_timeout,
+        on_cbw_error: match args.on_cbw_error {
+            CbwPolicy::BreakSnapshot => OnCbwError::BreakSnapshot,
+            CbwPolicy::BreakGuestWrite => OnCbwError::BreakGuestWrite,
+        },
         on_source_error: args.on_source_error.into(),
         on_target_error: args.on_target_error.into(),
+    }
+}
+
+/// The overlay may grow large and hot: /tmp is often memory, so without TMPDIR it is /var/tmp.
+fn overlay(given: Option<PathBuf>) -> OverlayPlace {
+    match given {
+        Some(word) if word.as_os_str() == "memory" => OverlayPlace::Memory,
+        Some(folder) => OverlayPlace::Folder(folder),
+        None => OverlayPlace::Folder(std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from)),
     }
 }
 

@@ -51,6 +51,13 @@ pub struct OverlayUsage {
     pub limit: Option<u64>,
 }
 
+impl OverlayUsage {
+    /// More than half of the limit is used: time to copy what the overlay holds first.
+    pub fn past_half(&self) -> bool {
+        self.limit.is_some_and(|limit| self.used > limit / 2)
+    }
+}
+
 /// How the writers fared.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct WriterStats {

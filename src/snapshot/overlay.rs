@@ -4,6 +4,7 @@
 
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::ByteRange;
+use crate::ground::status::OverlayUsage;
 use rustix::fs::{CWD, FallocateFlags, MemfdFlags, Mode, OFlags};
 use rustix::io::Errno;
 use std::fs::File;
@@ -23,24 +24,6 @@ pub struct Overlay {
     limit: Option<u64>,
     used: AtomicU64,
     peak: AtomicU64,
-}
-
-/// How full an overlay is, in bytes of the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Usage {
-    /// Saved and not dropped yet.
-    pub used: u64,
-    /// The most that `used` ever was.
-    pub peak: u64,
-    /// What `used` never exceeds.
-    pub limit: Option<u64>,
-}
-
-impl Usage {
-    /// More than half of the limit is used: time to copy what the overlay holds first.
-    pub fn past_half(&self) -> bool {
-        self.limit.is_some_and(|limit| self.used > limit / 2)
-    }
 }
 
 impl Overlay {
@@ -98,11 +81,11 @@ impl Overlay {
     }
 
     /// How full it is now.
-    pub fn usage(&self) -> Usage {
+    pub fn usage(&self) -> OverlayUsage {
         let used = self.used.load(Ordering::Acquire);
         // A save may be between the two counts.
         let peak = self.peak.load(Ordering::Acquire).max(used);
-        Usage { used, peak, limit: self.limit }
+        OverlayUsage { used, peak, limit: self.limit }
     }
 
     /// Counts before anything is written, so that no number of threads can exceed the limit together.

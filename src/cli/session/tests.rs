@@ -1,6 +1,5 @@
 use super::*;
-use crate::backup::{Mode, Target};
-use crate::ground::policy::{Action, OnError};
+use crate::ground::policy::Action;
 use crate::ground::range::ByteRange;
 use crate::ground::status::Phase;
 use crate::job::Gate;
@@ -16,23 +15,9 @@ const BOUND: Duration = Duration::from_secs(20);
 const TOTAL: u64 = 4 << 20;
 
 fn options() -> Options {
-    Options {
-        device: PathBuf::from("d"),
-        source_format: None,
-        backing: true,
-        target: Target::Path(PathBuf::from("t")),
-        format: None,
-        mode: Mode::AbsolutePaths,
-        cluster_size: None,
-        compression: None,
-        sparse: true,
-        direct: false,
-        fsync: true,
-        workers: 1,
-        allow_inconsistent: false,
-        on_source_error: OnError::Report,
-        on_target_error: OnError::Report,
-    }
+    use clap::Parser;
+    let flags = ["drive-backup", "--device", "d", "--target", "t"];
+    super::super::resolve::plan(super::super::args::Args::parse_from(flags)).unwrap().options
 }
 
 fn view() -> View {
@@ -82,6 +67,8 @@ fn begin(job: &Job, monitor: &dyn Monitor, target_kind: TargetKind) {
         target_kind,
         point_in_time: SystemTime::now(),
         instant: monitor::Instant::Unchanging,
+        writers: 0,
+        frozen: None,
     }));
 }
 

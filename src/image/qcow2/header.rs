@@ -239,7 +239,7 @@ impl Header {
         self.autoclear_features = be64(bytes, 88);
         self.refcount_order = be32(bytes, 96);
         let length = be32(bytes, 100) as usize;
-        if length < V3_LENGTH || length % 8 != 0 || length as u64 > self.cluster_size() {
+        if length < V3_LENGTH || !length.is_multiple_of(8) || length as u64 > self.cluster_size() {
             return Err(invalid(format!(
                 "header_length is {length}, not a multiple of 8 from 104 to the cluster size"
             )));
@@ -376,7 +376,7 @@ impl Header {
 
     /// Host offsets are signed 64-bit numbers in the kernel.
     fn check_offset(&self, table: &str, offset: u64, length: u64) -> io::Result<()> {
-        if offset % self.cluster_size() != 0 {
+        if !offset.is_multiple_of(self.cluster_size()) {
             return Err(invalid(format!("the {table} table's offset {offset:#x} is no multiple of the cluster size")));
         }
         if offset == 0 && length > 0 {

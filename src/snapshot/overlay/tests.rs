@@ -25,7 +25,7 @@ fn what_was_saved_is_read_back() {
         let mut both = [0; 2 * CLUSTER];
         overlay.read_at(&mut both, MIB).unwrap();
         assert!(both[..CLUSTER].iter().all(|&b| b == 7) && both[CLUSTER..].iter().all(|&b| b == 9));
-        assert_eq!(overlay.usage(), Usage { used: 8192, peak: 8192, limit: None });
+        assert_eq!(overlay.usage(), OverlayUsage { used: 8192, peak: 8192, limit: None });
     }
 }
 
@@ -60,7 +60,7 @@ fn dropped_space_is_freed() {
         assert!(allocated(&overlay) >= 4 * MIB);
         overlay.drop_range(ByteRange::new(2 * MIB, 3 * MIB));
         assert!(allocated(&overlay) < 2 * MIB);
-        assert_eq!(overlay.usage(), Usage { used: MIB, peak: 4 * MIB, limit: None });
+        assert_eq!(overlay.usage(), OverlayUsage { used: MIB, peak: 4 * MIB, limit: None });
         overlay.drop_range(ByteRange::new(MIB, MIB));
         assert_eq!((allocated(&overlay), overlay.usage().used), (0, 0));
     }
@@ -99,7 +99,7 @@ fn limit_is_exact_and_reported_as_no_space() {
     let error = overlay.save(&[1], 4096).unwrap_err();
     assert_eq!(error.to_string(), "write overlay at 0x1000+1: overlay limit of 8192 bytes reached (8192 used)");
     assert_eq!((error.kind(), error.errno()), (Kind::InstantLost, enospc()));
-    assert_eq!(overlay.usage(), Usage { used: 8192, peak: 8192, limit: Some(8192) });
+    assert_eq!(overlay.usage(), OverlayUsage { used: 8192, peak: 8192, limit: Some(8192) });
     overlay.drop_range(ByteRange::new(0, 4096));
     overlay.save(&[1; CLUSTER], 4096).unwrap();
 }
@@ -122,7 +122,7 @@ fn racing_threads_never_exceed_the_limit_together() {
     });
     let used = saved * CLUSTER as u64;
     assert_eq!(saved, limit / CLUSTER as u64, "all that fits");
-    assert_eq!(overlay.usage(), Usage { used, peak: used, limit: Some(limit) });
+    assert_eq!(overlay.usage(), OverlayUsage { used, peak: used, limit: Some(limit) });
     assert_eq!(allocated(&overlay), used);
 }
 
@@ -161,5 +161,5 @@ fn empty_disk_has_an_empty_overlay() {
     let overlay = Overlay::in_memory(0, Some(0)).unwrap();
     overlay.save(&[], 0).unwrap();
     overlay.drop_range(ByteRange::new(0, 0));
-    assert_eq!(overlay.usage(), Usage { used: 0, peak: 0, limit: Some(0) });
+    assert_eq!(overlay.usage(), OverlayUsage { used: 0, peak: 0, limit: Some(0) });
 }

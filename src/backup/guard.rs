@@ -1,0 +1,70 @@
+//! What stands between the writers and the source, and what watchers see of it.
+
+use crate::error::{Error, Result};
+use crate::ground::range::ByteRange;
+use crate::ground::status::{OverlayUsage, WriterStats};
+use crate::job::{Gauges, Job};
+use crate::ring::server::{Trap, Writers};
+use crate::snapshot::overlay::Overlay;
+use crate::snapshot::preserve::Preserver;
+use std::sync::{Arc, Weak};
+
+/// Captures for trapped writes, on the job's account.
+pub struct Guard {
+    preserver: Preserver,
+    /// Not its owner: the job knows the writers, who know this.
+    job: Weak<Job>,
+}
+
+impl Guard {
+    /// Captures with `preserver`.
+    pub fn new(preserver: Preserver, job: &Arc<Job>) -> Self {
+        Self { preserver, job: Arc::downgrade(job) }
+    }
+}
+
+impl Trap for Guard {
+    fn before_write(&self, range: ByteRange) -> Result<()> {
+        let preserved = self.preserver.before_write(range)?;
+        // Charged, never delayed: a throttled capture would stall the writer.
+        if let Some(job) = self.job.upgrade() {
+            job.charge(preserved.captured);
+        }
+        Ok(())
+    }
+
+    fn lost(&self, _why: &Error) {
+        // What is copied from now on may be torn, so nothing more is: the copier ends, and whoever sleeps at its gate.
+        self.preserver.tracker().stop();
+        if let Some(job) = self.job.upgrade() {
+            job.interrupt();
+        }
+    }
+}
+
+/// Reads the overlay and the writers for a watcher.
+pub struct Gauge {
+    overlay: Arc<Overlay>,
+    writers: Arc<Writers>,
+}
+
+impl Gauge {
+    /// Of one job.
+    pub fn new(overlay: Arc<Overlay>, writers: Arc<Writers>) -> Self {
+        Self { overlay, writers }
+    }
+}
+
+impl Gauges for Gauge {
+    fn read(&self) -> (Option<OverlayUsage>, Option<WriterStats>) {
+        let counts = self.writers.counts();
+        let milliseconds = |duration: std::time::Duration| duration.as_secs_f64() * 1e3;
+        let writers = (counts.ever > 0).then(|| WriterStats {
+            attached: counts.attached as u64,
+            writes: counts.writes,
+            trapped: counts.trapped,
+            stall_ms: [counts.stalls.quantile(50), counts.stalls.quantile(99), counts.stalls.max()].map(milliseconds),
+        });
+        (Some(self.overlay.usage()), writers)
+    }
+}
