@@ -370,12 +370,14 @@ fn explore(start: World) -> usize {
 #[test]
 fn every_reachable_state_of_a_tiny_disk_is_right() {
     let size = 2;
-    let clusters = if cfg!(miri) { 2 } else { 3 };
     for ascending in [false, true] {
-        let reached = explore(World::new(clusters * size, size, Plan { granule: size, ascending }));
-        assert!(reached > if cfg!(miri) { 20 } else { 300 }, "{reached} states");
-        let reached = explore(World::new(clusters * size - 1, size, Plan { granule: 2 * size, ascending }));
-        assert!(reached > if cfg!(miri) { 20 } else { 300 }, "{reached} states");
+        let [narrow, wide] = [size, 2 * size].map(|granule| Plan { granule, ascending });
+        assert!(explore(World::new(1, size, wide)) > 5);
+        // A thousand times slower there.
+        if !cfg!(miri) {
+            assert!(explore(World::new(3 * size, size, narrow)) > 300);
+            assert!(explore(World::new(3 * size - 1, size, wide)) > 300);
+        }
     }
 }
 
