@@ -1,12 +1,15 @@
 //! What was read or inflated lately: bounded in bytes for a whole backing chain, shared by all threads.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// An L2 table's words in the machine's byte order.
 pub type Table = Arc<[u64]>;
 /// A layer of the chain, and an offset in it.
 type Key = (u32, u64);
+
+/// An inflated cluster, once it is inflated.
+type Slot = Arc<Mutex<Option<Arc<[u8]>>>>;
 
 /// Bytes of L2 tables.
 const TABLES_LIMIT: usize = 16 << 20;
@@ -38,7 +41,7 @@ struct Tables {
 #[derive(Default)]
 struct Clusters {
     size: usize,
-    list: VecDeque<(Key, Arc<[u8]>)>,
+    list: VecDeque<(Key, usize, Slot)>,
 }
 
 impl Default for Cache {
@@ -65,20 +68,24 @@ impl Cache {
         Ok(table)
     }
 
-    /// The inflated cluster at guest offset `offset`, from memory or by `inflate`, which runs without the lock.
+    /// The inflated cluster of `size` bytes at guest offset `offset`, from memory or by `inflate`. Blocks while another
+    /// thread inflates it: side by side, two halves of a large cluster are otherwise inflated twice.
     pub(super) fn cluster<E>(
         &self,
         offset: u64,
-        inflate: impl FnOnce() -> Result<Arc<[u8]>, E>,
+        size: usize,
+        inflate: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<Arc<[u8]>, E> {
-        let key = (self.layer, offset);
-        let lock = || self.shared.clusters.lock().expect("nothing panics under this lock");
-        if let Some(cluster) = lock().find(key) {
-            return Ok(cluster);
+        let slot =
+            self.shared.clusters.lock().expect("nothing panics under this lock").slot((self.layer, offset), size);
+        // A panic while inflating leaves the slot empty, and so does a failure: the next one tries again.
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cluster) = &*slot {
+            return Ok(cluster.clone());
         }
-        let cluster = inflate()?;
-        lock().insert(key, cluster.clone());
-        Ok(cluster)
+        let mut cluster = vec![0; size];
+        inflate(&mut cluster)?;
+        Ok(slot.insert(cluster.into()).clone())
     }
 }
 
@@ -105,17 +112,19 @@ impl Tables {
 }
 
 impl Clusters {
-    fn find(&self, key: Key) -> Option<Arc<[u8]>> {
-        self.list.iter().find(|(at, _)| *at == key).map(|(_, cluster)| cluster.clone())
-    }
-
-    fn insert(&mut self, key: Key, cluster: Arc<[u8]>) {
-        self.size += cluster.len();
-        self.list.push_front((key, cluster));
+    /// The place for a cluster of `size` bytes: filled, being filled, or empty.
+    fn slot(&mut self, key: Key, size: usize) -> Slot {
+        if let Some((_, _, slot)) = self.list.iter().find(|(at, _, _)| *at == key) {
+            return slot.clone();
+        }
+        let slot = Slot::default();
+        self.size += size;
+        self.list.push_front((key, size, slot.clone()));
         // The list is searched from the front: it must be short, too.
         while self.list.len() > 1 && (self.size > CLUSTERS_LIMIT || self.list.len() > 64) {
-            self.size -= self.list.pop_back().map_or(0, |(_, cluster)| cluster.len());
+            self.size -= self.list.pop_back().map_or(0, |(_, size, _)| size);
         }
+        slot
     }
 }
 
@@ -123,6 +132,8 @@ impl Clusters {
 mod tests {
     use super::*;
     use std::convert::Infallible;
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
     /// Whether a table of `size` bytes had to be loaded.
     fn loads(cache: &Cache, offset: u64, size: usize) -> bool {
@@ -137,11 +148,12 @@ mod tests {
 
     fn inflates(cache: &Cache, offset: u64, size: usize) -> bool {
         let mut inflated = false;
-        let inflate = || {
+        let inflate = |cluster: &mut [u8]| {
             inflated = true;
-            Ok::<_, Infallible>(vec![offset as u8; size].into())
+            cluster.fill(offset as u8);
+            Ok::<_, Infallible>(())
         };
-        assert_eq!(cache.cluster(offset, inflate).expect("infallible")[0], offset as u8);
+        assert_eq!(cache.cluster(offset, size, inflate).expect("infallible")[0], offset as u8);
         inflated
     }
 
@@ -179,11 +191,28 @@ mod tests {
     }
 
     #[test]
+    fn two_threads_that_want_one_cluster_inflate_it_once() {
+        let cache = Cache::default();
+        let inflated = AtomicU32::new(0);
+        let both = Barrier::new(2);
+        let want = || {
+            both.wait();
+            let inflate = |_: &mut [u8]| {
+                inflated.fetch_add(1, Relaxed);
+                Ok::<_, Infallible>(())
+            };
+            cache.cluster(7, 512, inflate).expect("infallible");
+        };
+        std::thread::scope(|scope| [scope.spawn(want), scope.spawn(want)].map(|thread| thread.join().expect("ends")));
+        assert_eq!(inflated.load(Relaxed), 1);
+    }
+
+    #[test]
     fn a_failure_is_not_remembered() {
         let cache = Cache::default();
         assert_eq!(cache.table(7, || Err("no")), Err("no"));
         assert!(loads(&cache, 7, 512));
-        assert_eq!(cache.cluster(7, || Err("no")), Err("no"));
+        assert_eq!(cache.cluster(7, 512, |_| Err("no")), Err("no"));
         assert!(inflates(&cache, 7, 512));
     }
 }

@@ -90,10 +90,8 @@ impl Qcow2 {
     /// Fills `output` with a part of the only cluster of `batch`.
     fn inflate_part(&self, batch: &Batch, output: &mut [u8]) -> io::Result<()> {
         let part = &batch.parts[0];
-        let cluster = self.map.cache().cluster(part.cluster, || {
-            let mut cluster = vec![0; self.header.cluster_size() as usize];
-            self.inflate(batch, &mut cluster).map(|()| cluster.into())
-        })?;
+        let size = self.header.cluster_size() as usize;
+        let cluster = self.map.cache().cluster(part.cluster, size, |cluster| self.inflate(batch, cluster))?;
         let within = (part.range.offset - part.cluster) as usize;
         output.copy_from_slice(&cluster[within..within + output.len()]);
         Ok(())
