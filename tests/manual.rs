@@ -30,6 +30,12 @@ fn the_completions_are_up_to_date() {
 }
 
 #[test]
+fn bash_can_read_its_completions() {
+    let output = Command::new("bash").args(["-n", "completions/drive-backup.bash"]).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn the_manual_page_renders_without_a_warning() {
     let file = tempfile::Builder::new().suffix(".1").tempfile().unwrap();
     fs::write(file.path(), page().unwrap()).unwrap();

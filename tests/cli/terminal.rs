@@ -44,11 +44,14 @@ fn wait(session: &OsSession) -> WaitStatus {
 fn a_bar_shows_the_copy_and_a_line_its_end() {
     let bench = Bench::new();
     let flags = ["--device", "disk.raw", "--target", "out.raw", "--speed", "8M"];
+    let began = Instant::now();
     let mut terminal = on_terminal(&bench, BINARY, &flags, false);
     let shown = until(&mut terminal, r"\[.*=>.*\].* %, .* of 16\.0 MiB, .*MiB/s");
     assert!(shown.contains(GREEN_OR_SO), "{shown:?}");
     let shown = shown + &until(&mut terminal, "drive-backup: complete: 16\\.0 MiB");
     assert!(!shown.contains("100"), "{shown:?}");
+    let (draws, most) = (shown.matches(" %, ").count(), began.elapsed().as_millis() / 100 + 1);
+    assert!(draws > 3 && draws as u128 <= most, "{draws} draws, at most 10 a second are {most}");
     terminal.expect(Eof).unwrap();
     assert!(matches!(wait(&terminal), WaitStatus::Exited(_, 0)));
     bench.assert_copied("out.raw");

@@ -138,7 +138,7 @@ struct Screen {
 }
 
 enum Shape {
-    Bar(Bar),
+    Bar { bar: Bar, next: Duration },
     Plain { interval: Duration, next: Duration },
     None,
 }
@@ -146,7 +146,7 @@ enum Shape {
 impl Screen {
     fn new(style: Style, job: Arc<Job>, err: Box<dyn Write + Send>) -> Self {
         let shape = match style {
-            Style::Bar { colour } => Shape::Bar(Bar::new(colour)),
+            Style::Bar { colour } => Shape::Bar { bar: Bar::new(colour), next: Duration::ZERO },
             Style::Plain { interval } => Shape::Plain { interval, next: interval },
             Style::None => Shape::None,
         };
@@ -155,7 +155,7 @@ impl Screen {
 
     fn show(mut self, shared: &Shared) {
         let tick = match &self.shape {
-            Shape::Bar(_) => BAR_TICK,
+            Shape::Bar { .. } => BAR_TICK,
             Shape::Plain { interval, .. } => PLAIN_TICK.min(*interval),
             Shape::None => PLAIN_TICK,
         };
@@ -170,7 +170,7 @@ impl Screen {
                 lines.push(text::status(&view));
             }
             if waiting.ending
-                && let Shape::Bar(bar) = &self.shape
+                && let Shape::Bar { bar, .. } = &self.shape
             {
                 bar.clear();
             }
@@ -191,14 +191,20 @@ impl Screen {
         // People who closed their end are no reason to end.
         let mut write = || drop(err.write_all(text.as_bytes()));
         match &self.shape {
-            Shape::Bar(bar) => bar.aside(write),
+            Shape::Bar { bar, .. } => bar.aside(write),
             _ => write(),
         }
     }
 
     fn draw(&mut self, view: &View) {
         match &mut self.shape {
-            Shape::Bar(bar) if in_foreground(std::io::stderr()) => bar.draw(view),
+            Shape::Bar { bar, next } if view.elapsed >= *next => {
+                *next = view.elapsed + BAR_TICK;
+                // In the background the terminal is somebody else's.
+                if in_foreground(std::io::stderr()) {
+                    bar.draw(view);
+                }
+            }
             Shape::Plain { interval, next } if view.elapsed >= *next => {
                 *next = view.elapsed + *interval;
                 self.print(&[text::status(view)]);

@@ -94,7 +94,8 @@ impl GoodEnd<'_> {
         let stable = if durable { "on stable storage" } else { "NOT flushed to stable storage" };
         let (total, data, rate) = (Bytes(total), Bytes(data), Rate(self.rate_avg));
         let took = match self.elapsed.as_secs() {
-            0..60 => format!("{:.1} s", self.elapsed.as_secs_f64()),
+            0 => format!("{} ms", self.elapsed.as_millis()),
+            1..60 => format!("{:.1} s", self.elapsed.as_secs_f64()),
             _ => Clock(self.elapsed).to_string(),
         };
         format!("complete: {total}, {data} of it data, in {took}, {rate}; {stable}")
