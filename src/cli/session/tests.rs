@@ -41,10 +41,15 @@ where
     (ending, records(json), text(people))
 }
 
+/// Everything up to the end, within the bound.
 fn text(mut end: PipeReader) -> String {
-    let mut text = String::new();
-    end.read_to_string(&mut text).unwrap();
-    text
+    let (send, text) = mpsc::channel();
+    thread::spawn(move || {
+        let mut text = String::new();
+        end.read_to_string(&mut text).unwrap();
+        send.send(text)
+    });
+    text.recv_timeout(BOUND).expect("the end of the stream")
 }
 
 fn records(end: PipeReader) -> Vec<Value> {
@@ -301,14 +306,9 @@ fn an_engine_that_hangs_is_abandoned_within_a_second() {
     assert!(took < Duration::from_secs(1), "{took:?}");
     was_undone.recv_timeout(BOUND).unwrap();
     assert_eq!(ending, Ending { code: 130, signal: Some(SIGINT), abandoned: true });
-    assert_eq!(records_until_last(json)["target_state"], "removed");
+    assert_eq!(records(json).pop().unwrap()["target_state"], "removed");
     let line = "drive-backup: ended by SIGINT: the job hangs and was abandoned; the partial copy was removed\n";
     assert_eq!(text(people), line);
-}
-
-/// The engine's thread still holds the monitor, and with it the way in.
-fn records_until_last(end: PipeReader) -> Value {
-    records(end).pop().unwrap()
 }
 
 #[test]
@@ -326,7 +326,7 @@ fn a_second_interrupt_does_not_wait_for_the_grace() {
     let took = at.recv().unwrap().elapsed();
     assert!(took < GRACE, "{took:?}");
     assert_eq!(ending.signal, Some(SIGINT));
-    assert_eq!(records_until_last(json)["target_state"], "incomplete");
+    assert_eq!(records(json).pop().unwrap()["target_state"], "incomplete");
 }
 
 #[test]
@@ -344,7 +344,7 @@ fn an_undoing_that_hangs_too_is_said_and_left() {
     let took = at.recv().unwrap().elapsed();
     assert!(took < Duration::from_secs(1), "{took:?}");
     assert!(ending.abandoned);
-    assert_eq!(records_until_last(json)["target_state"], "incomplete");
+    assert_eq!(records(json).pop().unwrap()["target_state"], "incomplete");
 }
 
 #[test]
