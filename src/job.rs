@@ -102,8 +102,7 @@ impl Job {
         }
     }
 
-    /// Charges bytes that were moved to the speed's budget. Never blocks: captures for writers are charged here too,
-    /// and must not be delayed.
+    /// Charges bytes that were moved to the speed's budget. Never blocks.
     pub fn charge(&self, bytes: u64) {
         self.control().throttle.charge(bytes);
     }

@@ -9,7 +9,7 @@ use crate::snapshot::overlay::Overlay;
 use crate::snapshot::preserve::Preserver;
 use std::sync::{Arc, Weak};
 
-/// Captures for trapped writes, on the job's account.
+/// Captures for trapped writes. Neither delayed nor charged: the speed is the target's, and a capture stays here.
 pub struct Guard {
     preserver: Preserver,
     /// Not its owner: the job knows the writers, who know this.
@@ -25,12 +25,7 @@ impl Guard {
 
 impl Trap for Guard {
     fn before_write(&self, range: ByteRange) -> Result<()> {
-        let preserved = self.preserver.before_write(range)?;
-        // Charged, never delayed: a throttled capture would stall the writer.
-        if let Some(job) = self.job.upgrade() {
-            job.charge(preserved.captured);
-        }
-        Ok(())
+        self.preserver.before_write(range).map(drop)
     }
 
     fn lost(&self, _why: &Error) {
