@@ -160,8 +160,8 @@ impl Run {
                 let mut at = *host;
                 for &length in lengths {
                     let end = at + u64::from(length);
-                    // A descriptor speaks of whole sectors, and readers count the clusters of all of them.
-                    count(at / size..end.next_multiple_of(SECTOR).div_ceil(size));
+                    // A descriptor speaks of whole sectors, which cross no cluster's border.
+                    count(at / size..end.div_ceil(size));
                     at = end;
                 }
             }

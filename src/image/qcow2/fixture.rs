@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex};
 
 /// One call that changed a [`MemoryDisk`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +20,7 @@ pub enum Operation {
 #[derive(Default)]
 pub struct MemoryDisk {
     state: Mutex<MemoryState>,
+    opened: Condvar,
 }
 
 #[derive(Default)]
@@ -28,15 +29,23 @@ struct MemoryState {
     log: Vec<Operation>,
     /// The operation with this number in the log, and each one after it, fails.
     fail_from: Option<usize>,
+    /// Writes to this offset wait.
+    gate: Option<u64>,
 }
 
 impl MemoryDisk {
     pub fn of(bytes: Vec<u8>) -> Self {
-        Self { state: Mutex::new(MemoryState { bytes, ..MemoryState::default() }) }
+        Self { state: Mutex::new(MemoryState { bytes, ..MemoryState::default() }), opened: Condvar::new() }
     }
 
     pub fn fail_from(&self, operation: Option<usize>) {
         self.state.lock().unwrap().fail_from = operation;
+    }
+
+    /// From now on writes to offset `gate` wait until there is another gate, or none.
+    pub fn set_gate(&self, gate: Option<u64>) {
+        self.state.lock().unwrap().gate = gate;
+        self.opened.notify_all();
     }
 
     pub fn bytes(&self) -> Vec<u8> {
@@ -49,6 +58,12 @@ impl MemoryDisk {
 
     fn change(&self, operation: Operation) -> io::Result<()> {
         let mut state = self.state.lock().unwrap();
+        while let (Some(gate), Operation::Write { offset, .. }) = (state.gate, &operation) {
+            if gate != *offset {
+                break;
+            }
+            state = self.opened.wait(state).unwrap();
+        }
         if state.fail_from.is_some_and(|number| state.log.len() >= number) {
             return Err(io::Error::from_raw_os_error(5));
         }

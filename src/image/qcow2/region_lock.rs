@@ -54,6 +54,12 @@ impl RegionLock {
         Region { lock: self, id }
     }
 
+    /// Those that hold and those that wait.
+    #[cfg(test)]
+    pub fn queued(&self) -> usize {
+        self.queue().entries.len()
+    }
+
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
