@@ -147,3 +147,43 @@ impl Encoder {
         Ok((padded < cluster.len()).then_some(padded))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flate2::{Decompress, FlushDecompress};
+
+    /// Inflates piece by piece, so that nothing but a window of 4 KiB is left of what came before.
+    fn inflate_with_small_window(input: &[u8], length: usize) -> Vec<u8> {
+        let mut inflate = Decompress::new_with_window_bits(false, 12);
+        let mut output = Vec::new();
+        while output.len() < length {
+            let mut piece = [0; 512];
+            let (read, before) = (inflate.total_in() as usize, inflate.total_out());
+            inflate
+                .decompress(&input[read..], &mut piece, FlushDecompress::None)
+                .expect("no reference reaches too far");
+            output.extend_from_slice(&piece[..(inflate.total_out() - before) as usize]);
+        }
+        output
+    }
+
+    #[test]
+    fn no_level_of_zlib_refers_further_back_than_4_kib() {
+        // What comes again after 8 KiB tempts a larger window.
+        let mut state = 1u32;
+        let noise = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f);
+            (state >> 24) as u8
+        });
+        let mut block: Vec<u8> = noise.take(5000).collect();
+        block.resize(8192, 0);
+        let cluster = block.repeat(8);
+        for level in 1..=9 {
+            let options = CompressOptions { kind: Compression::Zlib, level };
+            let compressed = with_chunk(options, &cluster, cluster.len(), |chunk| Ok(chunk.bytes.to_vec())).unwrap();
+            assert!((30_000..60_000).contains(&compressed.len()), "level {level}: {} bytes", compressed.len());
+            assert!(inflate_with_small_window(&compressed, cluster.len()) == cluster, "level {level}");
+        }
+    }
+}

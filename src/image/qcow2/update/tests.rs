@@ -223,6 +223,15 @@ proptest! {
     }
 }
 
+struct Random(u64);
+
+impl Random {
+    fn coin(&mut self) -> bool {
+        self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        self.0 >> 63 == 0
+    }
+}
+
 /// What a disk holds after a crash: all that was flushed before operation `cut`, and of the rest before it any sectors.
 fn crashed(start: &[u8], log: &[Operation], cut: usize, mut random: impl FnMut() -> bool) -> Vec<u8> {
     let flushed = log[..cut].iter().rposition(|operation| *operation == Operation::Flush).unwrap_or(0);
@@ -286,15 +295,9 @@ proptest! {
         }
         bench.image.flush().unwrap();
         let log = bench.disk.log();
-        let mut state = seed | 1;
-        let mut random = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state % 3 == 0
-        };
+        let mut random = Random(seed);
         for cut in 0..=log.len() {
-            let file = crashed(&bench.start, &log, cut, &mut random);
+            let file = crashed(&bench.start, &log, cut, || random.coin());
             judge_crash(&bench, &milestones, cut, &file);
             if cut % (log.len() / 3 + 1) == 1 {
                 let path = bench.path("crashed.qcow2");
@@ -330,9 +333,10 @@ fn tables_that_do_not_fit_in_memory_are_written_in_order() {
 
 #[test]
 fn the_refcount_table_moves_when_the_file_outgrows_it() {
-    // One cluster of table counts 8 MiB of file.
-    let mut bench = Bench::new(Shape { cluster_bits: 9, base: Base::Empty, length: 40 << 20, ..PLAIN });
-    for n in 0..40 {
+    // With 64 bits for each count, one cluster of table counts 2 MiB of file.
+    let shape = Shape { cluster_bits: 9, options: "refcount_bits=64", base: Base::Empty, length: 7 << 20 };
+    let mut bench = Bench::new(shape);
+    for n in 0..7 {
         bench.write(ByteRange::new(n << 20, 1 << 20), n);
     }
     bench.judge();
@@ -341,12 +345,13 @@ fn the_refcount_table_moves_when_the_file_outgrows_it() {
     let log = bench.disk.log();
     let moves: Vec<usize> = (0..log.len()).filter(|&n| matches!(log[n], Operation::Write { offset: 48, .. })).collect();
     assert!(moves.len() >= 3);
-    let mut state = 1u64;
-    for cut in moves.into_iter().take(3).flat_map(|at| (at - 4..at + 8).flat_map(|cut| [cut; 8])) {
-        let file = crashed(&bench.start, &log, cut, || {
-            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-            state >> 63 == 0
-        });
+    for &at in &moves {
+        assert_eq!(log[at - 1], Operation::Flush, "the new table is there before the header names it");
+        assert_eq!(log[at + 1], Operation::Flush, "the header names it before the old one is free");
+    }
+    let mut random = Random(1);
+    for cut in moves.into_iter().flat_map(|at| (at - 1..at + 2).flat_map(|cut| [cut; 4])) {
+        let file = crashed(&bench.start, &log, cut, || random.coin());
         assert_eq!(counted_well(&file), Ok(()), "crash at {cut}");
     }
 }
@@ -474,12 +479,9 @@ fn a_shared_table_is_copied_and_a_crash_keeps_what_the_old_one_says() {
     milestones[0].changes.push((0, range));
     bench.zero(range);
     bench.image.flush().unwrap();
-    let (log, mut state) = (bench.disk.log(), 7u64);
-    for cut in (0..=log.len()).flat_map(|cut| [cut; 32]) {
-        let file = crashed(&bench.start, &log, cut, || {
-            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-            state >> 63 == 0
-        });
+    let (log, mut random) = (bench.disk.log(), Random(7));
+    for cut in (0..=log.len()).flat_map(|cut| [cut; 8]) {
+        let file = crashed(&bench.start, &log, cut, || random.coin());
         judge_crash(&bench, &milestones, cut, &file);
     }
     bench.assert_reads_as_model();
