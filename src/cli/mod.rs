@@ -16,6 +16,7 @@ mod usage;
 mod watch;
 
 use crate::backup::{Failure, Options, Summary};
+use crate::error::{Error, Kind};
 use crate::job::Job;
 use crate::monitor::Monitor;
 use args::Args;
@@ -88,11 +89,13 @@ where
     };
     let target = resolve::target_name(&plan.options.target);
     let session = Session::start(plan.view, plan.speed, target, ends(plan.view))?;
-    session.own_process(plan.speed)?;
-    Ok(session.run(plan.options, engine))
+    match session.own_process(plan.speed) {
+        Ok(()) => Ok(session.run(plan.options, engine)),
+        Err(error) => Ok(session.refuse(Error::new(Kind::Other, format!("{error:#}")))),
+    }
 }
 
-fn refuse(arguments: &[OsString], error: crate::error::Error) -> anyhow::Result<Ending> {
+fn refuse(arguments: &[OsString], error: Error) -> anyhow::Result<Ending> {
     let view = usage::view(arguments);
     Ok(Session::start(view, None, String::new(), ends(view))?.refuse(error))
 }

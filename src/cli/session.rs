@@ -101,7 +101,7 @@ impl Session {
             records,
             quiet: view.quiet,
             verbose: view.verbose,
-            target_kind: OnceLock::new(),
+            started: OnceLock::new(),
             warnings: AtomicU64::new(0),
             fault_lines: AtomicU64::new(0),
         });
@@ -265,7 +265,7 @@ impl Session {
             (code, reason, signal) = (exit::of_signal(number), "signal", Some(name));
             message = format!("ended by {name}: {message}");
         }
-        let begun = self.watch.target_kind.get().is_some();
+        let begun = self.watch.started.get().is_some();
         let line = BadEnd { message: &message, state, target: &self.target, begun }.line();
         self.watch.display.say(&line);
         let body = ExitError {
@@ -283,7 +283,7 @@ impl Session {
 
     /// What the target is when the engine can't say it.
     fn state_after(&self, undone: bool) -> TargetState {
-        match self.watch.target_kind.get() {
+        match self.watch.started.get().map(|started| started.target_kind) {
             None if undone => TargetState::Untouched,
             Some(TargetKind::File) if undone => TargetState::Removed,
             _ => TargetState::Incomplete,

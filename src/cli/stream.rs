@@ -39,9 +39,13 @@ impl Write for Stream {
     }
 }
 
-/// Is this process in the terminal's foreground? One in the background must not read from it, nor draw on it.
+/// Is this process in the terminal's foreground? One in the background must not read from it, nor draw on it. A terminal
+/// that is not the session's own has no background.
 pub fn in_foreground(terminal: impl AsFd) -> bool {
-    tcgetpgrp(terminal).is_ok_and(|group| group == getpgrp())
+    match tcgetpgrp(terminal) {
+        Ok(group) => group == getpgrp(),
+        Err(error) => error == Errno::NOTTY,
+    }
 }
 
 /// Does `end` lead to systemd's journal, as `JOURNAL_STREAM` says? It does not where it was redirected since.

@@ -4,7 +4,7 @@ use super::json::{self, Body, Device, Fault, PathName, Start, Status, Target, Wa
 use super::progress::pace::{Pace, View};
 use super::progress::{self, Display};
 use super::records::Records;
-use crate::error::Error;
+use crate::error::{Error, Side};
 use crate::ground::policy::Action;
 use crate::ground::status::{Pause, Phase};
 use crate::job::Job;
@@ -19,6 +19,8 @@ use std::time::Duration;
 const LOOK: Duration = Duration::from_millis(100);
 /// A dying disk has millions of bad ranges: people get so many lines, programs get all.
 const MOST_FAULT_LINES: u64 = 100;
+/// Standard output as a path.
+const STDOUT: &str = "-";
 
 /// The monitor of a run.
 pub struct Watch {
@@ -28,7 +30,7 @@ pub struct Watch {
     pub quiet: bool,
     pub verbose: bool,
     /// Set when the instant is taken.
-    pub target_kind: OnceLock<TargetKind>,
+    pub started: OnceLock<Started>,
     pub warnings: AtomicU64,
     pub fault_lines: AtomicU64,
 }
@@ -38,7 +40,7 @@ impl Monitor for Watch {
         match event {
             Event::Started(started) => {
                 // Once a run: a second event would be about the same target.
-                let _ = self.target_kind.set(started.target_kind);
+                let _ = self.started.set(started.clone());
                 self.record(|| Body::Start(Box::new(self.start(started))));
                 if self.verbose {
                     self.display.say(&progress::started(started));
@@ -52,7 +54,7 @@ impl Monitor for Watch {
                 }
             }
             Event::Fault { error, action } => {
-                self.record(|| Body::Error(fault_record(error, action)));
+                self.record(|| Body::Error(self.fault(error, action)));
                 self.say_fault(error, action);
             }
         }
@@ -82,9 +84,36 @@ impl Watch {
         }
     }
 
+    fn fault(&self, error: &Error, action: Action) -> Fault {
+        let place = error.place();
+        let range = place.and_then(|place| place.range);
+        let named = place.and_then(|place| place.path.as_deref());
+        Fault {
+            during: place.map_or("", |place| place.during),
+            side: place.map(|place| place.side.to_string()),
+            name: named.or_else(|| self.path_of(place?.side)).map(PathName::of),
+            offset: range.map(|range| range.offset),
+            length: range.map(|range| range.length),
+            errno: error.errno().map(json::errno_name),
+            errno_num: error.errno(),
+            action: action.name(),
+            message: error.to_string(),
+            fatal: action == Action::Report,
+        }
+    }
+
+    fn path_of(&self, side: Side) -> Option<&Path> {
+        let started = self.started.get()?;
+        match side {
+            Side::Source => Some(&started.device),
+            Side::Target => Some(started.target.as_deref().unwrap_or(Path::new(STDOUT))),
+            Side::Overlay => None,
+        }
+    }
+
     fn start(&self, started: &Started) -> Start {
         let now = self.job.snapshot();
-        let target = started.target.as_deref().unwrap_or(Path::new("-"));
+        let target = started.target.as_deref().unwrap_or(Path::new(STDOUT));
         Start {
             version: env!("CARGO_PKG_VERSION"),
             pid: std::process::id(),
@@ -124,23 +153,6 @@ fn warning_record(warning: &monitor::Warning) -> Warning {
         length: warning.range.map(|range| range.length),
         errno: warning.errno.map(json::errno_name),
         message: warning.message.clone(),
-    }
-}
-
-fn fault_record(error: &Error, action: Action) -> Fault {
-    let place = error.place();
-    let range = place.and_then(|place| place.range);
-    Fault {
-        during: place.map_or("", |place| place.during),
-        side: place.map(|place| place.side.to_string()),
-        name: place.and_then(|place| place.path.as_deref()).map(PathName::of),
-        offset: range.map(|range| range.offset),
-        length: range.map(|range| range.length),
-        errno: error.errno().map(json::errno_name),
-        errno_num: error.errno(),
-        action: action.name(),
-        message: error.to_string(),
-        fatal: action == Action::Report,
     }
 }
 

@@ -194,6 +194,7 @@ fn a_fault_is_told_with_its_place_and_once() {
         (&fault["side"], &fault["during"], &fault["action"]),
         (&"target".into(), &"write".into(), &"report".into())
     );
+    assert_eq!(fault["path"], "t");
     let line = "drive-backup: write target at 0x10000+4096: No space left on device; the partial copy was removed\n";
     assert_eq!(people, line);
 }
