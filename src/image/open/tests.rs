@@ -459,8 +459,7 @@ fn what_is_no_image_is_refused_in_one_line() {
     assert!(refusal(&folder.path("gone"), &ANY).contains("gone': No such file"));
     assert!(refusal(folder.0.path(), &ANY).contains("open source"));
     assert!(refusal(&empty, &ANY).ends_with("empty' is empty; if a disk of no bytes is meant, say raw"));
-    let raw = SourceOptions { format: Some(Format::Raw), ..ANY };
-    assert_eq!(open_source(&empty, &raw).expect("an empty raw image").virtual_size, 0);
+    assert_eq!(open_source(&empty, &RAW).expect("an empty raw image").virtual_size, 0);
 }
 
 #[test]
