@@ -88,7 +88,7 @@ impl Moment {
 
     /// Everything that keeps the instant, while the writers are still frozen.
     fn keep(disk: &Ready<'_>, gathered: Gathered, time: SystemTime) -> Result<Self> {
-        let Gathered { writers, cluster_size, mut warnings } = gathered;
+        let Gathered { writers, cluster_size, warnings } = gathered;
         let properties = disk.destination.image().properties();
         let granule = cluster_size.bytes().max(properties.cluster_size);
         let plan = Plan { granule, ascending: properties.sequential };
@@ -101,7 +101,7 @@ impl Moment {
             on_target: false,
             frozen: None,
             before: Vec::new(),
-            warnings: Vec::new(),
+            warnings,
             granule,
             tracker,
             overlay: None,
@@ -126,9 +126,8 @@ impl Moment {
                 moment.how = Instant::Unchecked;
             }
             moment.watch(disk)?;
-            moment.guard(disk, &mut warnings)?;
+            moment.guard(disk)?;
         }
-        moment.warnings.extend(warnings);
         Ok(moment)
     }
 
@@ -170,7 +169,7 @@ impl Moment {
     }
 
     /// Makes the overlay for what writers are about to overwrite, those too that start later.
-    fn guard(&mut self, disk: &Ready<'_>, warnings: &mut Vec<Warning>) -> Result<()> {
+    fn guard(&mut self, disk: &Ready<'_>) -> Result<()> {
         if self.writers.is_none() {
             return Ok(());
         }
@@ -181,12 +180,9 @@ impl Moment {
         };
         match overlay {
             Ok(overlay) => self.overlay = Some(Arc::new(overlay)),
-            // Nobody writes so far; one who starts later will be noticed, at the latest at the end.
-            Err(error) if self.how != Instant::Frozen && disk.options.writer == WriterChoice::Auto => {
-                self.writers = None;
-                warnings
-                    .push(Warning::general("no_overlay", format!("writers that start now can't be served: {error}")));
-            }
+            // Nobody writes, and one who starts later will be noticed, at the latest at the end: nothing to warn of,
+            // and the rule for a disk that is larger than the file system's largest file.
+            Err(_) if self.how != Instant::Frozen && disk.options.writer == WriterChoice::Auto => self.writers = None,
             Err(error) => return Err(error),
         }
         Ok(())
