@@ -6,14 +6,14 @@
 //! | [`Tracker::before_write`] | a cluster that it touches is being read | `source_read`, `finish`, the end of a capture, `stop` |
 //!
 //! Nothing here does I/O, and no callback but [`FreeMap::free`] is called with the lock held. A change is made through
-//! [`Changing`], which wakes every waiter when it is dropped, by a panic too: no step can forget it.
+//! `Changing`, which wakes every waiter when it is dropped, by a panic too: no step can forget it.
 
 use crate::ground::cluster::{ClusterSize, Clusters};
 use crate::ground::range::ByteRange;
 use crate::snapshot::copy_state::{self, CopyState, Holder, Next, Trap};
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use std::ops::{Deref, DerefMut};
-use std::sync::Arc;
+use std::sync::{Arc, LockResult};
 
 /// Bytes: a trapped write is granted in steps of this (one cluster at least), so that a write or discard of the whole
 /// disk is captured in small runs and never keeps the lock for long.
@@ -172,20 +172,11 @@ impl Tracker {
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared> {
-        self.shared.lock().unwrap_or_else(|poisoned| {
-            // Somebody panicked in the middle of a change: the table is not to be trusted, and no one may hang on it.
-            let mut shared = poisoned.into_inner();
-            shared.stopped = true;
-            shared
-        })
+        Shared::after_a_panic_stopped(self.shared.lock())
     }
 
     fn wait<'t>(&'t self, shared: MutexGuard<'t, Shared>) -> MutexGuard<'t, Shared> {
-        self.changed.wait(shared).unwrap_or_else(|poisoned| {
-            let mut shared = poisoned.into_inner();
-            shared.stopped = true;
-            shared
-        })
+        Shared::after_a_panic_stopped(self.changed.wait(shared))
     }
 
     fn change(&self) -> Changing<'_> {
@@ -194,6 +185,15 @@ impl Tracker {
 }
 
 impl Shared {
+    /// Somebody may have panicked in the middle of a change: then the table is not to be trusted, and no one may hang on it.
+    fn after_a_panic_stopped(locked: LockResult<MutexGuard<'_, Self>>) -> MutexGuard<'_, Self> {
+        locked.unwrap_or_else(|poisoned| {
+            let mut shared = poisoned.into_inner();
+            shared.stopped = true;
+            shared
+        })
+    }
+
     fn is_over(&self) -> bool {
         self.stopped || self.state.is_lost()
     }
