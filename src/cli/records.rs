@@ -203,8 +203,12 @@ mod tests {
         }))
     }
 
-    fn lines(read: impl Read) -> Vec<serde_json::Value> {
-        BufReader::new(read).lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect()
+    /// Up to the end of the stream, within the bound.
+    fn lines(read: impl Read + Send + 'static) -> Vec<serde_json::Value> {
+        let (send, lines) = mpsc::channel();
+        let parse = |line: io::Result<String>| serde_json::from_str(&line.unwrap()).unwrap();
+        thread::spawn(move || send.send(BufReader::new(read).lines().map(parse).collect()));
+        lines.recv_timeout(BOUND).expect("the end of the stream")
     }
 
     #[test]

@@ -239,6 +239,8 @@ fn statuses_come_by_the_clock_and_with_every_pause() {
                     job.resume();
                     let _ = seen.send(());
                 }
+            } else if record["message_type"] == "summary" {
+                break;
             }
         }
         statuses
