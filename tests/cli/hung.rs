@@ -99,6 +99,12 @@ fn stop(running: &Running) {
     wait_until("stopped", || fs::read_dir(&tasks).unwrap().all(|task| is_stopped(task.unwrap())));
 }
 
+/// Dropped in this order: who hangs on the export can't be killed before it is let go.
+struct Hung {
+    export: Export,
+    backup: Running,
+}
+
 #[test]
 fn a_hung_file_system_is_left_within_a_second() {
     let bench = Bench::new();
@@ -106,16 +112,15 @@ fn a_hung_file_system_is_left_within_a_second() {
     let flags = ["--device", "disk.raw", "--target", "export", "--mode", "existing", "--speed", "2M", "--json"];
     let mut command = bench.bare();
     command.args(flags).args(["--progress-interval", "0.1"]).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut backup = Running::start(&mut command);
-    let mut records = Records::of(&mut backup);
+    let mut hung = Hung { export, backup: Running::start(&mut command) };
+    let mut records = Records::of(&mut hung.backup);
     records.until_copying();
     // A request that the daemon has begun can't be given up by anybody: it stops between two.
-    stop(&backup);
-    stop(&export.daemon);
-    backup.signal(SIGCONT);
+    stop(&hung.backup);
+    stop(&hung.export.daemon);
+    hung.backup.signal(SIGCONT);
     records.until(is_stalled);
-    let last = end(&mut backup, records, &[SIGINT], A_SECOND);
+    let last = end(&mut hung.backup, records, &[SIGINT], A_SECOND);
     assert_eq!(last["target_state"], "incomplete");
     assert!(last["message"].as_str().unwrap().contains("INCOMPLETE"), "{last}");
-    drop(export);
 }
