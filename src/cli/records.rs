@@ -266,6 +266,19 @@ mod tests {
     }
 
     #[test]
+    fn the_last_record_overtakes_old_statuses() {
+        let mut queue = Queue::default();
+        queue.push(warning());
+        (0..MOST_STATUSES).for_each(|_| queue.push(status()));
+        queue.push(warning());
+        queue.finish(last());
+        let left: Vec<u64> = queue.entries.iter().map(|entry| entry.seq).collect();
+        let newest = MOST_STATUSES as u64;
+        assert_eq!(left, [0, newest, newest + 1, newest + 2], "both events, the newest status, the last record");
+        assert_eq!((queue.statuses, queue.dropped.status_dropped), (1, newest - 1));
+    }
+
+    #[test]
     fn nothing_follows_the_last_record() {
         let mut queue = Queue::default();
         queue.finish(last());
