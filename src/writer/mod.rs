@@ -332,21 +332,21 @@ impl Shared {
     /// attached, died, or used up their time; those are told that writes will happen without them.
     fn look_for_backups(&self, folder: &Folder, disk: Disk) -> io::Result<()> {
         let since = Instant::now();
-        loop {
+        let found = loop {
             let attached = lock(&self.attached);
-            let awaited = folder
-                .backups(disk)?
-                .into_iter()
-                .any(|backup| !attached.contains(&backup.number) && since.elapsed() < backup.patience);
-            if !awaited {
-                break;
+            let mut found = folder.backups(disk)?;
+            found.retain(|backup| !attached.contains(&backup.number));
+            if !found.iter().any(|backup| since.elapsed() < backup.patience) {
+                break found;
             }
             drop(self.arrived.wait_timeout(attached, LOOK));
-        }
+        };
         // From here on a backup whose instant has passed is turned away.
         self.control_mut().opening = false;
         let attached = lock(&self.attached).clone();
-        for backup in folder.backups(disk)?.iter().filter(|backup| !attached.contains(&backup.number)) {
+        let unattached = |number| !attached.contains(&number) && found.iter().any(|backup| backup.number == number);
+        // One that was not there yet looks for us before its instant.
+        for backup in folder.backups(disk)?.iter().filter(|backup| unattached(backup.number)) {
             folder.mark_unattached(disk, backup.number)?;
         }
         Ok(())
