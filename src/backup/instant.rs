@@ -270,13 +270,15 @@ impl Moment {
     /// After the last read: is the copy as of the instant? Lets the writers go, whatever the answer. False: the source
     /// changed, and the user allows it.
     pub fn check(&self, origin: &Origin) -> Result<bool> {
+        // While writers that start are still attached: what those change that start later was not read.
+        let after = if self.before.is_empty() { Vec::new() } else { fingerprints(origin)? };
         let mut had_writers = false;
         if let Some(writers) = &self.writers {
             writers.finish()?;
             had_writers = writers.counts().ever > 0;
         }
         // One who started after the instant was trapped, and changed the source in our sight.
-        if self.before.is_empty() || had_writers { Ok(true) } else { self.compare(origin, &fingerprints(origin)?) }
+        if self.before.is_empty() || had_writers { Ok(true) } else { self.compare(origin, &after) }
     }
 
     fn compare(&self, origin: &Origin, after: &[Fingerprint]) -> Result<bool> {
