@@ -1,0 +1,194 @@
+//! What the tests of the whole path share: chance that can be replayed, disks that describe themselves, defaults.
+
+use drive_backup::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
+use drive_backup::ground::policy::OnError;
+use drive_backup::image::format::Format;
+use drive_backup::image::open::{SourceOptions, open_source};
+use drive_backup::monitor::{Event, Monitor, Started};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
+
+/// No wait lasts so long unless something hangs, on whatever machine.
+pub const HANGS: Duration = Duration::from_secs(60);
+/// What the contents of the disks are made of.
+pub const SECTOR: u64 = 512;
+
+/// splitmix64: looks random and follows from the seed.
+pub struct Random(u64);
+
+pub fn scramble(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(scramble(seed))
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        scramble(self.0)
+    }
+
+    /// From 0 up to, not including, `end`, which is not 0.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    /// One time in `n`.
+    pub fn once_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+
+    pub fn pick<T: Clone>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u64) as usize].clone()
+    }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable}={text}")))
+}
+
+/// Number of runs asked for.
+pub fn runs(default: u64) -> u64 {
+    number("DRIVE_BACKUP_RUNS").unwrap_or(default)
+}
+
+/// Runs `test` with many seeds, on two threads, and says which one failed. `default`: how many, if nobody asks.
+pub fn each_seed(default: u64, test: impl Fn(u64) + Sync) {
+    let seeds = match number("DRIVE_BACKUP_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..runs(default),
+    };
+    let next = AtomicU64::new(seeds.start);
+    let work = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if !seeds.contains(&seed) {
+                return;
+            }
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(seed))) {
+                next.store(seeds.end, Ordering::Relaxed);
+                eprintln!("the seed was {seed}: DRIVE_BACKUP_SEED={seed} runs it again");
+                resume_unwind(panic);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let other = scope.spawn(work);
+        work();
+        other.join().unwrap_or_else(|panic| resume_unwind(panic));
+    });
+}
+
+/// A folder of the test's own, in memory.
+pub fn memory_folder() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap()
+}
+
+/// A live backup with bounds that no loaded machine passes.
+pub fn options(device: &Path, target: &Path, folder: &Path) -> Options {
+    Options {
+        device: device.to_owned(),
+        source_format: Some(Format::Raw),
+        backing: true,
+        target: Target::Path(target.to_owned()),
+        format: Some(Format::Raw),
+        mode: Mode::AbsolutePaths,
+        cluster_size: None,
+        compression: None,
+        sparse: true,
+        direct: false,
+        fsync: false,
+        workers: 1,
+        allow_inconsistent: false,
+        writer: WriterChoice::Auto,
+        writer_dir: Some(folder.to_owned()),
+        snapshot: SnapshotChoice::Overlay,
+        overlay: OverlayPlace::Memory,
+        overlay_limit: None,
+        freeze_timeout: HANGS,
+        cbw_timeout: HANGS,
+        on_cbw_error: OnCbwError::BreakSnapshot,
+        on_source_error: OnError::Report,
+        on_target_error: OnError::Report,
+    }
+}
+
+/// The disk of `length` bytes in an image, read through this library. A qcow2 is one of whole sectors, the rest zero.
+pub fn disk_of(image: &Path, format: Format, length: u64) -> Vec<u8> {
+    let options = SourceOptions { format: Some(format), backing: true, direct: false };
+    let source = open_source(image, &options).unwrap();
+    let mut bytes = vec![0; source.virtual_size as usize];
+    if !bytes.is_empty() {
+        source.image.read_at(&mut bytes, 0).unwrap();
+    }
+    if format == Format::Qcow2 {
+        assert_eq!(bytes.len() as u64, length.next_multiple_of(SECTOR));
+        assert!(bytes.drain(length as usize..).all(|byte| byte == 0));
+    }
+    bytes
+}
+
+/// Panics unless two disks are equal, and says where they differ.
+#[track_caller]
+pub fn same(what: &str, found: &[u8], expected: &[u8]) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    if let Some(at) = (0..found.len()).find(|&at| found[at] != expected[at]) {
+        let sector = at / SECTOR as usize * SECTOR as usize;
+        let word = |bytes: &[u8]| bytes.get(sector..sector + 8).map(|w| u64::from_le_bytes(w.try_into().unwrap()));
+        let (found, expected) = (word(found), word(expected));
+        panic!("{what}: byte {at:#x} differs; its sector begins with {found:?} and should with {expected:?}");
+    }
+}
+
+/// What write `number` puts at `offset`: sectors of {number, own offset, checksum, …}, cut to the range.
+pub fn contents(number: u64, offset: u64, length: u64) -> Vec<u8> {
+    let (first, last) = (offset / SECTOR, (offset + length).div_ceil(SECTOR));
+    let mut bytes = Vec::with_capacity(((last - first) * SECTOR) as usize);
+    for sector in first..last {
+        let sum = scramble(number ^ scramble(sector));
+        bytes.extend(number.to_le_bytes());
+        bytes.extend((sector * SECTOR).to_le_bytes());
+        (2..SECTOR / 8).for_each(|word| bytes.extend(sum.wrapping_mul(word * 2 + 1).to_le_bytes()));
+    }
+    let skip = (offset - first * SECTOR) as usize;
+    bytes[skip..skip + length as usize].to_vec()
+}
+
+/// Hears the start of a copy.
+#[derive(Default)]
+pub struct Ear {
+    started: Mutex<Option<Started>>,
+    heard: Condvar,
+}
+
+impl Monitor for Ear {
+    fn event(&self, event: Event<'_>) {
+        if let Event::Started(started) = event {
+            *self.started.lock().unwrap() = Some(started.clone());
+            self.heard.notify_all();
+        }
+    }
+}
+
+impl Ear {
+    pub fn started(&self) -> Option<Started> {
+        self.started.lock().unwrap().clone()
+    }
+
+    /// Waits until copying begins.
+    #[track_caller]
+    pub fn wait_for_start(&self) -> Started {
+        let started = self.started.lock().unwrap();
+        let (started, timeout) = self.heard.wait_timeout_while(started, HANGS, |started| started.is_none()).unwrap();
+        assert!(!timeout.timed_out(), "copying does not begin");
+        started.clone().unwrap()
+    }
+}

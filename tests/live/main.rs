@@ -1,0 +1,8 @@
+//! The whole path, from a program that writes to a published copy: writers, the ring, the freeze, the overlay, the copier.
+//!
+//! `DRIVE_BACKUP_RUNS` is the number of random runs of each such test, `DRIVE_BACKUP_SEED` replays one.
+
+#![cfg(feature = "cli")]
+
+mod instant;
+mod kit;
