@@ -21,3 +21,6 @@ pub mod server;
 pub mod shm;
 #[cfg(not(any(loom, shuttle)))]
 pub mod socket;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests;
