@@ -13,8 +13,8 @@
 //! **Two pairs of store-then-load**, each with a sequentially consistent fence between the two on both sides:
 //! 1. A post sets its bit, then reads `attentive`; a server clears `attentive`, then reads `posted`. One of them sees
 //!    the other: either the poster wakes a server, or the server sees the bit and does not sleep.
-//! 2. A write that goes to sleep sets `ASLEEP`, then reads `over`; whoever ends the session sets `over`, then visits
-//!    every slot. Either the write sees `over`, or it is found asleep and is woken.
+//! 2. A post sets its state, then reads `over`; whoever ends the session sets `over`, then visits every slot. Either
+//!    the write sees `over`, or its slot is found posted: then its state changes, and it is woken if it sleeps.
 //!
 //! A sleep itself compares its word in the kernel under the lock that wakers take, so no wake-up falls between.
 //! The peer is not trusted: garbage in any word costs that writer its session, never memory or a hang of the backup.
@@ -150,7 +150,7 @@ impl Region {
         entry.offset.store(range.offset, Ordering::Relaxed);
         entry.length.store(range.length, Ordering::Relaxed);
         entry.state.store(state::POSTED, Ordering::Relaxed);
-        // Release: the three stores above. The fence: pair 1 of the module.
+        // Release: the three stores above. The fence: both pairs of the module.
         self.posted.0.fetch_or(1 << slot, Ordering::Release);
         fence(Ordering::SeqCst);
         if self.attentive.0.load(Ordering::Relaxed) == 0 {
@@ -165,18 +165,15 @@ impl Region {
             if let Some(answer) = self.answer_in(slot) {
                 return answer;
             }
+            // Pair 2 of the module; its fence is the one in `post`.
             if over.load(Ordering::Relaxed) {
                 return self.leave(slot);
             }
             if patience.spin() {
                 continue;
             }
-            // It fails when the answer has just come, and when this write has been asleep before. The fence: pair 2.
+            // It fails when an answer or the end has just come, and when this write has been asleep before.
             let _ = entry.state.compare_exchange(state::POSTED, state::ASLEEP, Ordering::Relaxed, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
-            if over.load(Ordering::Relaxed) {
-                return self.leave(slot);
-            }
             if !patience.sleep(&entry.state, state::ASLEEP) {
                 return self.leave(slot);
             }

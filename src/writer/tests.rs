@@ -1,0 +1,89 @@
+//! What a writer does when its service thread does nothing: no test here has one.
+
+use super::*;
+use crate::ground::cluster::ClusterSize;
+use crate::ring::packet::Attach;
+use crate::ring::shm::{Bits, Ring};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use std::thread;
+
+const BOUND: Duration = Duration::from_millis(50);
+
+/// The backup's end is kept, so that it does not hang up.
+fn attached() -> (Arc<Shared>, Arc<Session>, Ring, OwnedFd) {
+    let terms = Attach {
+        announcement: 1,
+        length: 1 << 20,
+        cluster_size: ClusterSize::new(4096),
+        freeze_timeout: BOUND,
+        cbw_timeout: BOUND,
+        trap_at_once: false,
+    };
+    let (backup, ring) = Ring::create().unwrap();
+    let (_bits, bits) = Bits::create(terms.bitmap_bytes()).unwrap();
+    let flags = SocketFlags::CLOEXEC;
+    let (here, there) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    let bits = Bits::receive(&bits, terms.bitmap_bytes()).unwrap();
+    let session = Arc::new(Session::new(terms, Ring::receive(ring).unwrap(), bits, here));
+    let shared = Arc::new(Shared {
+        gate: Gate::default(),
+        control: RwLock::new(Control { session: Some(session.clone()), frozen_until: None, opening: false }),
+        attached: Mutex::default(),
+        arrived: Condvar::new(),
+        quiesce: Arc::default(),
+        bell: rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap(),
+        stop: AtomicBool::new(false),
+    });
+    (shared, session, backup, there)
+}
+
+fn freeze(shared: &Shared) {
+    shared.control_mut().frozen_until = Some(Instant::now() + BOUND);
+    shared.gate.freeze();
+}
+
+#[test]
+fn a_write_that_waits_ends_a_freeze_that_lasts_too_long() {
+    let (shared, _, ring, _there) = attached();
+    freeze(&shared);
+    let began = Instant::now();
+    let (writing, waiting) = (shared.clone(), thread::current());
+    let writing = thread::spawn(move || {
+        writing.enter(0, 1).unwrap();
+        waiting.unpark();
+    });
+    while !writing.is_finished() && began.elapsed() < Duration::from_secs(30) {
+        thread::park_timeout(Duration::from_millis(20));
+    }
+    assert!(writing.is_finished(), "it waits for ever");
+    assert!(began.elapsed() >= BOUND);
+    assert_eq!(ring.broken(), Breach::FrozenTooLong as u32);
+    assert_eq!(shared.gate.in_flight(), 1, "it has begun");
+}
+
+#[test]
+fn a_write_that_nobody_answers_marks_the_ring_before_the_gate_opens() {
+    let (shared, session, ring, _there) = attached();
+    session.trap();
+    shared.gate.trap();
+    shared.enter(0, 1).unwrap();
+    assert_eq!(ring.broken(), Breach::NoAnswer as u32);
+    assert_eq!(shared.gate.enter(0), Passage::Open);
+    assert!(shared.control().session.is_none());
+}
+
+#[test]
+fn a_write_inside_the_gate_before_the_thaw_does_not_ask() {
+    let (shared, _, ring, _there) = attached();
+    shared.gate.trap();
+    shared.enter(0, 1).unwrap();
+    assert_eq!((ring.posted(), ring.broken()), (0, 0));
+}
+
+#[test]
+fn a_write_that_begins_in_a_freeze_rings_the_bell_since_it_was_counted() {
+    let (shared, ..) = attached();
+    freeze(&shared);
+    shared.enter(0, 1).unwrap();
+    assert!(rustix::io::read(&shared.bell, &mut [0; 8]).is_ok());
+}
