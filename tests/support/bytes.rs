@@ -73,6 +73,11 @@ pub fn allocated(path: &Path) -> u64 {
     std::fs::metadata(path).unwrap().blocks() * 512
 }
 
+/// Bytes that a file occupies, which may not be there yet.
+pub fn allocated_now(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |metadata| metadata.blocks() * 512)
+}
+
 /// Panics unless two images hold the same disk, of the same size, as qemu-img reads them.
 #[track_caller]
 pub fn same(one: (&str, &Path), other: (&str, &Path)) {
