@@ -1,6 +1,6 @@
 //! JSON lines: every one parses, exactly one ends a run, for every way to end.
 
-use crate::kit::{Bench, DISK, Running, Tmpfs, code, records};
+use crate::kit::{Bench, DISK, Records, Running, Tmpfs, code, records};
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
@@ -120,5 +120,22 @@ fn a_reader_that_leaves_early_ends_nothing() {
     let mut backup = Running::start(bench.backup().args(["--json", "--speed", "32M"]).stdout(Stdio::piped()));
     drop(backup.child.stdout.take());
     assert_eq!(code(backup.wait()), 0);
+    bench.assert_copied("out.raw");
+}
+
+#[test]
+fn a_second_backup_of_one_target_is_busy_and_leaves_the_first_alone() {
+    let bench = Bench::new();
+    let mut command = bench.backup();
+    command.args(["--speed", "2M", "--json"]).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut first = Running::start(&mut command);
+    let mut seen = Records::of(&mut first);
+    seen.until_copying();
+    let (code, records) = last_of(&bench, &["--device", "disk.raw", "--target", "out.raw"]);
+    let last = records.last().unwrap();
+    assert_eq!((code, &last["reason"], &last["target_state"]), (8, &"busy".into(), &"untouched".into()), "{last}");
+    first.signal(nix::libc::SIGUSR2);
+    assert_eq!(seen.last().unwrap()["result"], "complete");
+    assert_eq!(crate::kit::code(first.wait()), 0);
     bench.assert_copied("out.raw");
 }
