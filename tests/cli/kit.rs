@@ -45,7 +45,7 @@ impl Bench {
     }
 
     pub fn bare(&self) -> Command {
-        let mut command = Command::new(BINARY);
+        let mut command = undisturbed(BINARY);
         command.current_dir(&self.folder).env_remove("JOURNAL_STREAM").env_remove("NO_COLOR").stdin(Stdio::null());
         command
     }
@@ -59,6 +59,13 @@ impl Bench {
     pub fn assert_copied(&self, name: &str) {
         assert!(fs::read(self.path("disk.raw")).unwrap() == fs::read(self.path(name)).unwrap(), "{name} differs");
     }
+}
+
+/// `program`, with the signals that this process may have been started to ignore (`cargo test &`) as by default.
+pub fn undisturbed(program: &str) -> Command {
+    let mut command = Command::new("env");
+    command.args(["--default-signal", program]);
+    command
 }
 
 /// Bytes without a run of zeroes (xorshift64).

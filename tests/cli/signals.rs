@@ -1,6 +1,6 @@
 //! INT, TERM and HUP cancel; USR1, USR2 and CONT steer.
 
-use crate::kit::{BINARY, Bench, DISK, Records, Running, Tmpfs, code};
+use crate::kit::{BINARY, Bench, DISK, Records, Running, Tmpfs, code, undisturbed};
 use nix::libc::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -46,7 +46,7 @@ fn signals_that_were_ignored_stay_ignored() {
     for (signal, name) in [(SIGHUP, "HUP"), (SIGINT, "INT")] {
         let bench = Bench::new();
         let line = format!("trap '' {name}; exec {BINARY} --device disk.raw --target out.raw \"$@\"");
-        let mut shell = Command::new("sh");
+        let mut shell = undisturbed("sh");
         shell.args(["-c", &line, "sh"]).current_dir(&bench.folder);
         let (mut backup, mut records) = slow_by(&mut shell);
         backup.signal(signal);

@@ -1,17 +1,16 @@
 //! On a terminal: a bar, Enter, Ctrl-C, Ctrl-S.
 
-use crate::kit::{BINARY, BOUND, Bench, DISK, Tmpfs};
+use crate::kit::{BINARY, BOUND, Bench, DISK, Tmpfs, undisturbed};
 use expectrl::process::unix::WaitStatus;
 use expectrl::session::OsSession;
 use expectrl::{ControlCode, Eof, Expect, Regex, Session};
 use std::fs;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 const GREEN_OR_SO: &str = "\u{1b}[36m";
 
 fn on_terminal(bench: &Bench, program: &str, flags: &[&str], no_color: bool) -> OsSession {
-    let mut command = Command::new(program);
+    let mut command = undisturbed(program);
     command.current_dir(&bench.folder).args(flags).env("TERM", "xterm").env_remove("NO_COLOR");
     command.env_remove("CLICOLOR_FORCE").env_remove("JOURNAL_STREAM");
     if no_color {
