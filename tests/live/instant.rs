@@ -418,7 +418,7 @@ fn prove_order(scene: &Scene, copy: &[u8], asked: u64, ended: u64) {
 
 #[test]
 fn a_copy_is_the_disk_of_one_instant() {
-    kit::each_seed(100, run);
+    kit::each_seed(100, 1, run);
 }
 
 #[test]

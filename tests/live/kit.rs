@@ -55,16 +55,12 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable}={text}")))
 }
 
-/// Number of runs asked for.
-pub fn runs(default: u64) -> u64 {
-    number("DRIVE_BACKUP_RUNS").unwrap_or(default)
-}
-
-/// Runs `test` with many seeds, on two threads, and says which one failed. `default`: how many, if nobody asks.
-pub fn each_seed(default: u64, test: impl Fn(u64) + Sync) {
+/// Calls `test` with many seeds, on two threads, and says which one failed. `default`: how many runs, if nobody asks;
+/// a seed is for `each` of them.
+pub fn each_seed(default: u64, each: u64, test: impl Fn(u64) + Sync) {
     let seeds = match number("DRIVE_BACKUP_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..runs(default),
+        None => 0..number("DRIVE_BACKUP_RUNS").unwrap_or(default).div_ceil(each),
     };
     let next = AtomicU64::new(seeds.start);
     let work = || {

@@ -4,5 +4,12 @@
 
 #![cfg(feature = "cli")]
 
+mod death;
 mod instant;
 mod kit;
+mod overlay;
+mod qcow2;
+mod several;
+#[path = "../support/mod.rs"]
+mod support;
+mod trail;

@@ -1,0 +1,154 @@
+//! The overlay is full or fails: who wins is what was asked for, and it is never both.
+
+use crate::kit;
+use crate::support::{self, Ended, Mount, Running, command, text};
+use crate::trail::{self, BLOCK, BLOCKS, Typist};
+use std::path::PathBuf;
+use std::process::Command;
+
+const EIO: i32 = 5;
+const ENOSPC: i32 = 28;
+
+struct Scene {
+    folder: tempfile::TempDir,
+    typist: Typist,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let folder = kit::memory_folder();
+        trail::create(&folder.path().join("disk"));
+        let typist = Typist::start(&folder.path().join("disk"), &folder.path().join("meet"));
+        Self { folder, typist }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Slowly, so that writes come before the copier.
+    fn arguments<'a>(&self, target: &'a str, more: &[&'a str]) -> Vec<String> {
+        let (disk, meet) = (self.path("disk"), self.path("meet"));
+        let fixed = ["--device", text(&disk), "--target", target, "--writer-dir", text(&meet), "--speed", "1M"];
+        let bounds = ["--snapshot", "overlay", "--freeze-timeout", "60", "--cbw-timeout", "60", "--workers", "1"];
+        fixed.iter().chain(&bounds).chain(more).map(ToString::to_string).collect()
+    }
+
+    fn back_up(&self, more: &[&str]) -> Ended {
+        let target = self.path("copy");
+        let arguments = self.arguments(text(&target), more);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        Running::start(&mut command(&arguments)).ended()
+    }
+
+    /// The backup failed for the overlay; the writer did not.
+    #[track_caller]
+    fn is_lost(&self, ended: &Ended, why: &str) {
+        ended.fails(6, why);
+        assert_eq!(support::names(self.folder.path()), ["disk", "meet"]);
+        self.writer_is_well();
+    }
+
+    #[track_caller]
+    fn writer_is_well(&self) {
+        self.typist.goes_on(2 * BLOCKS);
+        assert_eq!(self.typist.failures(), [0; 0]);
+    }
+
+    /// The writer's writes failed with `errno`; the backup did not.
+    #[track_caller]
+    fn is_kept(&self, copy: &[u8], errno: i32) {
+        let failures = self.typist.failures();
+        assert!(!failures.is_empty() && failures.iter().all(|&failure| failure == errno), "{failures:?}");
+        let instant = trail::check(copy);
+        self.typist.goes_on(2 * BLOCKS);
+        assert!(instant < self.typist.written());
+    }
+}
+
+/// A number of the last JSON record's field, which is in an object `of`.
+fn last_number(ended: &Ended, of: &str, field: &str) -> Option<f64> {
+    let output = String::from_utf8(ended.stdout.clone()).unwrap();
+    let records: Vec<serde_json::Value> = output.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    records.iter().rev().find_map(|record| record.get(of)?.get(field)?.as_f64())
+}
+
+#[test]
+fn a_full_overlay_breaks_the_backup_and_no_write() {
+    let scene = Scene::new();
+    let ended = scene.back_up(&["--overlay", "memory", "--overlay-limit", "12K"]);
+    scene.is_lost(&ended, "overlay limit of 12288 bytes");
+}
+
+#[test]
+fn a_full_overlay_fails_writes_where_that_is_asked_for() {
+    let scene = Scene::new();
+    let policy = ["--overlay", "memory", "--overlay-limit", "12K", "--on-cbw-error", "break-guest-write", "--json"];
+    let ended = scene.back_up(&policy);
+    ended.succeeds();
+    scene.is_kept(&std::fs::read(scene.path("copy")).unwrap(), ENOSPC);
+    assert_eq!(last_number(&ended, "overlay", "limit"), Some(12288.0));
+    assert_eq!(last_number(&ended, "overlay", "used"), Some(0.0), "everything is on the target");
+    let peak = last_number(&ended, "overlay", "peak").unwrap();
+    assert!(peak > 0.0 && peak <= 12288.0 && peak % BLOCK as f64 == 0.0, "{peak}");
+    let writes = |field| last_number(&ended, "writer", field).unwrap();
+    assert!(writes("trapped") > 0.0 && writes("writes") >= writes("trapped"));
+    assert!(writes("stall_ms_p50") <= writes("stall_ms_p99") && writes("stall_ms_p99") <= writes("stall_ms_max"));
+}
+
+#[test]
+fn an_overlay_without_limit_counts_what_it_holds() {
+    let scene = Scene::new();
+    let ended = scene.back_up(&["--overlay", "memory", "--json"]);
+    ended.succeeds();
+    trail::check(&std::fs::read(scene.path("copy")).unwrap());
+    scene.writer_is_well();
+    assert_eq!(last_number(&ended, "overlay", "limit"), None);
+    assert_eq!(last_number(&ended, "overlay", "used"), Some(0.0));
+    let peak = last_number(&ended, "overlay", "peak").unwrap();
+    assert!(peak > 12288.0 && peak <= (BLOCKS * BLOCK) as f64, "{peak}");
+}
+
+#[test]
+fn a_full_file_system_breaks_the_backup_and_no_write() {
+    let scene = Scene::new();
+    let small = Mount::tmpfs(32 << 10);
+    let ended = scene.back_up(&["--overlay", text(small.path())]);
+    scene.is_lost(&ended, "No space left on device");
+    assert_eq!(support::names(small.path()), [""; 0], "nothing is left there");
+}
+
+#[test]
+fn a_full_file_system_fails_writes_where_that_is_asked_for() {
+    let scene = Scene::new();
+    let small = Mount::tmpfs(32 << 10);
+    scene.back_up(&["--overlay", text(small.path()), "--on-cbw-error", "break-guest-write"]).succeeds();
+    scene.is_kept(&std::fs::read(scene.path("copy")).unwrap(), ENOSPC);
+}
+
+/// A stream is written by other calls, so that all these fail on the overlay.
+fn with_failing_overlay(scene: &Scene, more: &[&str]) -> Ended {
+    let mut strace = Command::new("strace");
+    let log = scene.path("log");
+    strace.args(["-f", "-qq", "-o", text(&log), "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=EIO:when=3+"]);
+    strace.arg(support::BINARY).args(scene.arguments("-", &[&["--overlay", "memory"], more].concat()));
+    let ended = Running::start(&mut support::piped(strace)).ended();
+    assert!(std::fs::read_to_string(&log).unwrap().contains("INJECTED"));
+    std::fs::remove_file(log).unwrap();
+    ended
+}
+
+#[test]
+fn an_overlay_that_fails_breaks_the_backup_and_no_write() {
+    let scene = Scene::new();
+    let ended = with_failing_overlay(&scene, &[]);
+    scene.is_lost(&ended, "Input/output error");
+}
+
+#[test]
+fn an_overlay_that_fails_fails_writes_where_that_is_asked_for() {
+    let scene = Scene::new();
+    let ended = with_failing_overlay(&scene, &["--on-cbw-error", "break-guest-write"]);
+    ended.succeeds();
+    scene.is_kept(&ended.stdout, EIO);
+}
