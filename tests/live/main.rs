@@ -4,6 +4,7 @@
 
 #![cfg(feature = "cli")]
 
+mod choices;
 mod death;
 mod instant;
 mod kit;
