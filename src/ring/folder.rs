@@ -255,26 +255,26 @@ impl Folder {
 
     fn backup(&self, disk: Disk, number: u64) -> io::Result<Option<Announced>> {
         let name = name("backup", disk, number);
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = match rustix::fs::openat(&self.descriptor, &name, flags, Mode::empty()) {
+        let file = match self.open_announcement(&name) {
             Ok(file) => file,
             Err(Errno::NOENT) => return Ok(None),
             Err(e) => return Err(e.into()),
         };
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
-            Err(Errno::WOULDBLOCK) => {}
-            Err(e) => return Err(e.into()),
-            Ok(()) => {
-                self.remove(&name);
-                self.remove(&self::name("unattached", disk, number));
-                return Ok(None);
-            }
+        if !is_held(&file)? {
+            self.remove(&name);
+            self.remove(&self::name("unattached", disk, number));
+            return Ok(None);
         }
         let mut text = [0; 20];
         let read = rustix::io::read(&file, &mut text)?;
         let millis = std::str::from_utf8(&text[..read]).ok().and_then(|text| text.trim().parse().ok());
         let patience = millis.map_or(LONGEST_WAIT, Duration::from_millis).min(LONGEST_WAIT);
         Ok(Some(Announced { number, patience }))
+    }
+
+    fn open_announcement(&self, name: &str) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.descriptor, name, flags, Mode::empty())
     }
 
     /// Leaves a sign for backup `number`: a writer began without it.
@@ -316,8 +316,14 @@ impl Folder {
         Ok(names)
     }
 
-    /// Removes what died before it got its name, and signs for backups that are gone.
+    /// Removes what died before it got its name, what killed backups of any disk left, and signs for those.
     fn sweep(&self) -> io::Result<()> {
+        for name in self.names()?.iter().filter(|name| name.starts_with("backup-")) {
+            // What can't be looked at is somebody else's business.
+            if self.open_announcement(name).is_ok_and(|file| is_held(&file) == Ok(false)) {
+                self.remove(name);
+            }
+        }
         let names = self.names()?;
         for name in &names {
             let backup = name.strip_prefix("unattached").map(|rest| format!("backup{rest}"));
@@ -333,6 +339,15 @@ impl Folder {
             }
         }
         Ok(())
+    }
+}
+
+/// Does the backup of this announcement live? The lock is taken before the announcement gets its name.
+fn is_held(announcement: &OwnedFd) -> Result<bool, Errno> {
+    match rustix::fs::flock(announcement, FlockOperation::NonBlockingLockShared) {
+        Err(Errno::WOULDBLOCK) => Ok(true),
+        Err(errno) => Err(errno),
+        Ok(()) => Ok(false),
     }
 }
 
