@@ -435,6 +435,20 @@ mod tests {
     }
 
     #[test]
+    fn what_killed_backups_of_other_disks_left_is_swept() {
+        let (_dir, folder) = folder();
+        let other = Disk::File { device: 1, inode: 3 };
+        let (_, lock, killed) = folder.announce(other, SECOND).unwrap();
+        let (_, _held, _alive) = folder.announce(other, SECOND).unwrap();
+        // A killed process drops its lock and not its name.
+        drop(lock);
+        std::mem::forget(killed);
+        folder.writers(DISK).unwrap();
+        assert_eq!(folder.names().unwrap().iter().filter(|name| name.starts_with("backup-")).count(), 1);
+        assert_eq!(folder.backups(other).unwrap().len(), 1, "the one that lives");
+    }
+
+    #[test]
     fn an_orphan_is_swept_and_a_newborn_is_not() {
         let (temp, folder) = folder();
         let path = |name: &str| temp.path().join("meet").join(name);
