@@ -31,6 +31,8 @@ const UNDO_BOUND: Duration = Duration::from_millis(150);
 const SIGNAL_BOUND: Duration = Duration::from_millis(900);
 /// Who does not read has so long to get the last record.
 const LAST_RECORD_BOUND: Duration = Duration::from_secs(2);
+/// And so long from the next signal on.
+const IMPATIENT_BOUND: Duration = Duration::from_millis(100);
 
 /// Where a run writes.
 pub struct Ends {
@@ -291,14 +293,17 @@ impl Session {
     }
 
     fn wait_for_readers(&mut self) {
-        let bound = Instant::now() + LAST_RECORD_BOUND;
-        let bound = self.cancelled.map_or(bound, |(_, at)| bound.min(at + SIGNAL_BOUND));
+        let mut bound = Instant::now() + LAST_RECORD_BOUND;
+        if let Some((_, at)) = self.cancelled {
+            bound = bound.min(at + SIGNAL_BOUND);
+        }
         while self.unserved > 0 {
             match self.woken.recv_timeout(bound.saturating_duration_since(Instant::now())) {
                 Ok(Wake::Served) => self.unserved -= 1,
-                // The outcome stands; nobody wants to wait longer for its readers.
-                Ok(Wake::Signal(_)) | Err(_) => return,
+                // The outcome stands; who reads gets it, and nobody wants to wait for who does not.
+                Ok(Wake::Signal(_)) => bound = bound.min(Instant::now() + IMPATIENT_BOUND),
                 Ok(Wake::Ended(_) | Wake::Panicked) => {}
+                Err(_) => return,
             }
         }
     }

@@ -369,6 +369,27 @@ fn readers_that_stopped_cost_two_seconds_and_no_more() {
 }
 
 #[test]
+fn a_signal_ends_the_wait_for_readers_that_stopped_but_not_the_outcome() {
+    let (session, json, people) = session(view());
+    let wake = session.wake.clone();
+    let began = Instant::now();
+    let ending = session.run(options(), move |_, job, monitor| {
+        for _ in 0..2000 {
+            monitor.event(Event::Fault { error: &no_space(), action: Action::Stop });
+        }
+        copy(job, monitor);
+        // It is taken after the end, as one that comes while readers are waited for.
+        wake.send(Wake::Ended(Box::new(Ok(summary(Vec::new()))))).unwrap();
+        wake.send(Wake::Signal(SIGTERM)).unwrap();
+        hang()
+    });
+    let took = began.elapsed();
+    assert_eq!(ending, Ending::with_code(0));
+    assert!(took >= IMPATIENT_BOUND && took < LAST_RECORD_BOUND, "{took:?}");
+    drop((json, people));
+}
+
+#[test]
 fn readers_that_are_gone_cost_nothing() {
     let (session, json, people) = session(view());
     drop((json, people));
