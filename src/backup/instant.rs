@@ -335,7 +335,10 @@ impl Gathered {
             Ok(writers) => Ok(Self { writers: Some(writers), ..gathered }),
             // Without the folder there are no writers to be found, and a source that changes will be noticed.
             Err(error) if error.kind() == Kind::Other && options.writer == WriterChoice::Auto => {
-                gathered.warnings.push(Warning::general("no_writer_folder", error.to_string()));
+                // A folder that can't be made is an ordinary sight; one that can't be trusted is not.
+                if error.errno().is_none() {
+                    gathered.warnings.push(Warning::general("no_writer_folder", error.to_string()));
+                }
                 Ok(gathered)
             }
             Err(error) => Err(error),
