@@ -1,4 +1,4 @@
-complete -c drive-backup -l device -d 'The disk image or block device to copy' -r -F
+complete -c drive-backup -l device -d 'The disk image or block device to copy; give it again, with a --target each, for several disks at one instant' -r -F
 complete -c drive-backup -l source-format -d 'Its format; by default its content tells' -r -f -a "raw\t'The disk\'s bytes and nothing else'
 qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'"
 complete -c drive-backup -l target -d 'The file or block device to write, or - for a raw stream to standard output' -r -F

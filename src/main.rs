@@ -1,5 +1,5 @@
 //! The command. It only turns a result into an exit code.
 
 fn main() {
-    drive_backup::cli::run(drive_backup::backup::run).exit()
+    drive_backup::cli::run(drive_backup::backup::run_all).exit()
 }

@@ -328,6 +328,14 @@ fn cannot_exchange(error: &io::Error) -> bool {
     matches!(errno, Some(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::NOENT))
 }
 
+/// Where a copy that is published as `target` appears: links are followed, and its folder has one name. `None` where it
+/// can't be published.
+pub fn place(target: &Path) -> Option<PathBuf> {
+    let path = follow_links(target).ok()?;
+    let (folder, name) = split(&path).ok()?;
+    Some(folder.canonicalize().ok()?.join(name))
+}
+
 /// The path that `target` leads to, which need not exist.
 fn follow_links(target: &Path) -> io::Result<PathBuf> {
     const LINKS_MAX: usize = 40;

@@ -19,7 +19,7 @@ use crate::monitor::{Event, Monitor, Started};
 use destination::Destination;
 use instant::{Moment, Ready};
 use origin::Origin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 
 /// Bytes: blocks shorter than this are not worth a hole; it is the page of the file systems' caches.
@@ -36,32 +36,35 @@ pub struct Disk<'a> {
     pub monitor: &'a dyn Monitor,
 }
 
+/// Hears how each disk ended, by its place among the disks. Called once for each, from the engine's threads.
+pub type Ended<'a> = dyn Fn(usize, Result<Summary, Failure>) + Sync + 'a;
+
 /// Backs up one disk; see [`run_all`].
 pub fn run(options: &Options, job: &Arc<Job>, monitor: &dyn Monitor) -> Result<Summary, Failure> {
-    run_all(&[Disk { options, job, monitor }]).remove(0)
+    let ended = OnceLock::new();
+    run_all(&[Disk { options, job, monitor }], &|_, result| drop(ended.set(result)));
+    ended.into_inner().expect("one disk ends once")
 }
 
 /// Backs up disks as of one instant, a job each. Blocks until all copies are published, have failed or were cancelled
 /// through their jobs; may hang as long as the storage does ([`Job::abandon`] undoes for whoever can't wait).
 ///
 /// All or nothing until the instant is taken: one disk that can't start fails all of them. From then on each is on its
-/// own. The results are in the order of `disks`.
-pub fn run_all(disks: &[Disk<'_>]) -> Vec<Result<Summary, Failure>> {
+/// own, and `ended` hears of each as soon as it has.
+pub fn run_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
     let started = match start(disks) {
         Ok(started) => started,
-        Err(refusal) => return fail_all(disks, *refusal),
+        Err(refusal) => return fail_all(disks.len(), *refusal, ended),
     };
     thread::scope(|scope| {
-        let copies: Vec<_> = disks
-            .iter()
-            .zip(started)
-            .map(|(&disk, (ready, moment))| {
-                let target = ready.destination.state_if_failed();
-                scope.spawn(move || back_up(disk, ready, &moment).map_err(|error| Failure { error, target }))
-            })
-            .collect();
-        copies.into_iter().map(|copy| copy.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-    })
+        let copies = disks.iter().zip(started).enumerate().map(|(place, (&disk, (ready, moment)))| {
+            let target = ready.destination.state_if_failed();
+            let copy = move || back_up(disk, ready, &moment).map_err(|error| Failure { error, target });
+            scope.spawn(move || ended(place, copy()))
+        });
+        let copies: Vec<_> = copies.collect();
+        copies.into_iter().for_each(|copy| copy.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+    });
 }
 
 /// Why nothing was started, and the place of the disk at fault, if it is one's.
@@ -92,14 +95,16 @@ fn open(disk: Disk<'_>) -> Result<Ready<'_>> {
 }
 
 /// The culprit's error is its own, the others hear of it.
-fn fail_all(disks: &[Disk<'_>], Refusal { culprit, error }: Refusal) -> Vec<Result<Summary, Failure>> {
+fn fail_all(disks: usize, Refusal { culprit, error }: Refusal, ended: &Ended<'_>) {
     let (kind, why) = (error.kind(), error.to_string());
     let mut error = Some(error);
     let of = |place: usize| match error.take_if(|_| culprit.is_none_or(|culprit| culprit == place)) {
         Some(error) => error,
         None => Error::new(kind, format!("not started, since another disk of this backup failed: {why}")),
     };
-    (0..disks.len()).map(of).map(|error| Err(Failure { error, target: TargetState::Untouched })).collect()
+    for (place, error) in (0..disks).map(of).enumerate() {
+        ended(place, Err(Failure { error, target: TargetState::Untouched }));
+    }
 }
 
 fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary> {

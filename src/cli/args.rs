@@ -28,9 +28,12 @@ const SIGHT: &str = "What you see";
     5 target, 6 point in time lost, 7 verification, 8 busy, 128+N signal N, 1 anything else. See drive-backup(1)."
 )]
 pub struct Args {
-    /// The disk image or block device to copy
-    #[arg(long, value_name = "PATH", help_heading = COPY, value_hint = ValueHint::FilePath)]
-    pub device: PathBuf,
+    /// The disk image or block device to copy; give it again, with a --target each, for several disks at one instant
+    ///
+    /// All or nothing until the instant is taken; from then on each copy is on its own. The other options hold for each
+    /// of the disks.
+    #[arg(long, value_name = "PATH", required = true, help_heading = COPY, value_hint = ValueHint::FilePath)]
+    pub device: Vec<PathBuf>,
 
     /// Its format; by default its content tells
     #[arg(long, value_name = "FORMAT", help_heading = COPY)]
@@ -48,9 +51,9 @@ pub struct Args {
 
     /// The file or block device to write, or - for a raw stream to standard output
     ///
-    /// A symbolic link is followed.
-    #[arg(long, value_name = "PATH|-", help_heading = TARGET, value_hint = ValueHint::FilePath, allow_hyphen_values = false)]
-    pub target: PathBuf,
+    /// A symbolic link is followed. Of several disks the first --target is the first --device's, and so on.
+    #[arg(long, value_name = "PATH|-", required = true, help_heading = TARGET, value_hint = ValueHint::FilePath, allow_hyphen_values = false)]
+    pub target: Vec<PathBuf>,
 
     /// The target's format
     ///
@@ -362,7 +365,7 @@ mod tests {
             &["--on-source-error", "retry"],
             &["--progress-interval", "0"],
             &["--progress-interval", "nan"],
-            &["--device", "twice"],
+            &["--speed", "1M", "--speed", "2M"],
             &["-q", "-v"],
             &["stray"],
         ] {

@@ -26,6 +26,12 @@ pub fn of(kind: Kind) -> (u8, &'static str) {
     }
 }
 
+/// The code of several disks: of the first that failed; without one, [`NOT_WHOLE`] if ranges of any are missing.
+pub fn of_all(codes: impl IntoIterator<Item = u8>) -> u8 {
+    let worse = |code: u8, next| if matches!(code, COMPLETE | NOT_WHOLE) && next != COMPLETE { next } else { code };
+    codes.into_iter().fold(COMPLETE, worse)
+}
+
 /// The code that a shell shows for a process that `signal` ended.
 pub fn of_signal(signal: i32) -> u8 {
     u8::try_from(SIGNAL + signal).unwrap_or(OTHER)
@@ -49,5 +55,14 @@ mod tests {
             assert_eq!(of(kind).0, code, "{kind:?}");
         }
         assert_eq!((of_signal(1), of_signal(2), of_signal(15)), (129, 130, 143));
+    }
+
+    #[test]
+    fn of_several_the_first_failure_counts_and_missing_ranges_only_without_one() {
+        for (codes, code) in
+            [(&[0, 0][..], 0), (&[0, 3, 0], 3), (&[3, 5, 4], 5), (&[0, 4, 3, 5], 4), (&[5, 130], 5), (&[130, 0], 130)]
+        {
+            assert_eq!(of_all(codes.iter().copied()), code, "{codes:?}");
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Enter on the terminal goes on after an error that stopped the job.
+//! Enter on the terminal goes on after an error that stopped a job.
 
 use super::stream::in_foreground;
 use crate::ground::status::Pause;
@@ -12,8 +12,8 @@ use std::time::Duration;
 
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Reads the keyboard while the job is stopped, and only then and in the foreground: otherwise it is the shell's.
-pub fn resume_on_enter(job: Arc<Job>) -> io::Result<()> {
+/// Reads the keyboard while a job is stopped, and only then and in the foreground: otherwise it is the shell's.
+pub fn resume_on_enter(jobs: Vec<Arc<Job>>) -> io::Result<()> {
     if !stdin().is_terminal() {
         return Ok(());
     }
@@ -26,14 +26,18 @@ pub fn resume_on_enter(job: Arc<Job>) -> io::Result<()> {
         }
         loop {
             thread::sleep(LOOK);
-            while job.snapshot().paused == Some(Pause::Error) && !job.is_cancelled() {
+            while jobs.iter().any(|job| is_stopped(job)) {
                 if enter_was_pressed() {
-                    job.resume();
+                    jobs.iter().filter(|job| is_stopped(job)).for_each(|job| job.resume());
                 }
             }
         }
     };
     thread::Builder::new().name("keys".to_owned()).spawn(watch).map(drop)
+}
+
+fn is_stopped(job: &Job) -> bool {
+    job.snapshot().paused == Some(Pause::Error) && !job.is_cancelled()
 }
 
 /// Blocks for a short while.

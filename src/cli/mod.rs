@@ -5,6 +5,7 @@ mod exit;
 mod json;
 mod keys;
 pub mod manual;
+mod pairs;
 mod progress;
 mod records;
 mod resolve;
@@ -15,17 +16,14 @@ mod sys;
 mod usage;
 mod watch;
 
-use crate::backup::{Failure, Options, Summary};
+use crate::backup::{Disk, Ended};
 use crate::error::{Error, Kind};
-use crate::job::Job;
-use crate::monitor::Monitor;
 use args::Args;
 use clap::Parser;
 use resolve::{JsonEnd, View};
 use session::{Ends, Session};
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::sync::Arc;
 use stream::Stream;
 
 /// How the process ends.
@@ -56,11 +54,11 @@ impl Ending {
     }
 }
 
-/// The whole command: reads the arguments, runs `engine` (that is `backup::run`), shows what it does. Returns in bounded
+/// The whole command: reads the arguments, runs `engine` (that is `backup::run_all`), shows what it does. Returns in bounded
 /// time after a signal, whatever the engine does.
 pub fn run<E>(engine: E) -> Ending
 where
-    E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
+    E: FnOnce(&[Disk<'_>], &Ended<'_>) + Send + 'static,
 {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     run_with(&arguments, engine).unwrap_or_else(|error| {
@@ -72,7 +70,7 @@ where
 
 fn run_with<E>(arguments: &[OsString], engine: E) -> anyhow::Result<Ending>
 where
-    E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
+    E: FnOnce(&[Disk<'_>], &Ended<'_>) + Send + 'static,
 {
     let args = match Args::try_parse_from(arguments) {
         Ok(args) => args,
@@ -87,17 +85,16 @@ where
         Ok(plan) => plan,
         Err(error) => return refuse(arguments, error),
     };
-    let target = resolve::target_name(&plan.options.target);
-    let session = Session::start(plan.view, plan.speed, target, ends(plan.view))?;
+    let session = Session::start(plan.view, plan.speed, &plan.disks, ends(plan.view))?;
     match session.own_process(plan.speed) {
-        Ok(()) => Ok(session.run(plan.options, engine)),
-        Err(error) => Ok(session.refuse(Error::new(Kind::Other, format!("{error:#}")))),
+        Ok(()) => Ok(session.run(plan.disks, engine)),
+        Err(error) => Ok(session.refuse(&Error::new(Kind::Other, format!("{error:#}")))),
     }
 }
 
 fn refuse(arguments: &[OsString], error: Error) -> anyhow::Result<Ending> {
     let view = usage::view(arguments);
-    Ok(Session::start(view, None, String::new(), ends(view))?.refuse(error))
+    Ok(Session::start(view, None, &[], ends(view))?.refuse(&error))
 }
 
 fn ends(view: View) -> Ends {

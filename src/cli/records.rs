@@ -16,7 +16,33 @@ const MOST_STATUSES: usize = 64;
 /// A dying disk tells of thousands of bad ranges at once; so many wait, a few MiB.
 const CAPACITY: usize = 16 << 10;
 
-/// The way in. Clones share one queue.
+/// Where the lines of several jobs meet: each has a queue of its own, and lines never mix.
+#[derive(Clone)]
+pub struct Lines(Arc<Mutex<Box<dyn Write + Send>>>);
+
+impl Lines {
+    /// Ends at `out`.
+    pub fn to(out: Box<dyn Write + Send>) -> Self {
+        Self(Arc::new(Mutex::new(out)))
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.write_all(bytes).map(|()| bytes.len())
+    }
+
+    /// Whole, before anybody else's. Blocks as long as the reader does.
+    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write_all(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).flush()
+    }
+}
+
+/// The way in, for one job. Clones share one queue.
 #[derive(Clone)]
 pub struct Records(Arc<Shared>);
 

@@ -1,6 +1,7 @@
 //! From flags to what they ask for: defaults filled in, contradictions refused before anything is opened.
 
 use super::args::{Args, CbwPolicy, Compress, ImageFormat, NewImageMode, Policy, Snapshot, Sparse, WriterPolicy};
+use super::pairs;
 use super::progress::Style;
 use crate::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
 use crate::error::{Error, Kind, Result};
@@ -17,8 +18,8 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// What a run is asked to do and to show.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// For the engine.
-    pub options: Options,
+    /// For the engine, of each disk.
+    pub disks: Vec<Options>,
     /// Bytes a second; `None`: no limit.
     pub speed: Option<u64>,
     /// For people and programs.
@@ -53,7 +54,7 @@ pub enum JsonEnd {
 pub fn plan(args: Args) -> Result<Plan> {
     check(&args)?;
     let style = Style::choose(args.progress, args.progress_interval);
-    let to_stdout = is_dash(&args.target);
+    let to_stdout = args.target.iter().any(|target| is_dash(target));
     let json = args.json.then_some(if to_stdout { JsonEnd::Stderr } else { JsonEnd::Stdout });
     let style = match json {
         Some(JsonEnd::Stderr) => Style::None,
@@ -68,7 +69,8 @@ pub fn plan(args: Args) -> Result<Plan> {
         quiet: args.quiet,
         verbose: args.verbose,
     };
-    Ok(Plan { speed: args.speed.0, view, options: options(args, to_stdout) })
+    let disks = args.device.iter().zip(&args.target).map(|(device, target)| options(&args, device, target)).collect();
+    Ok(Plan { speed: args.speed.0, view, disks })
 }
 
 /// Is it the `-` that means a standard stream?
@@ -76,14 +78,15 @@ pub fn is_dash(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
-fn options(args: Args, to_stdout: bool) -> Options {
+fn options(args: &Args, device: &Path, target: &Path) -> Options {
+    let to_stdout = is_dash(target);
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     Options {
-        device: args.device,
+        device: device.to_owned(),
         source_format: args.source_format.map(Format::from),
         backing: !args.no_backing,
         format: if to_stdout { Some(Format::Raw) } else { args.format.map(Format::from) },
-        target: if to_stdout { Target::Stdout } else { Target::Path(args.target) },
+        target: if to_stdout { Target::Stdout } else { Target::Path(target.to_owned()) },
         mode: match args.mode {
             NewImageMode::AbsolutePaths => Mode::AbsolutePaths,
             NewImageMode::Existing => Mode::Existing,
@@ -100,13 +103,13 @@ fn options(args: Args, to_stdout: bool) -> Options {
             WriterPolicy::Required => WriterChoice::Required,
             WriterPolicy::None => WriterChoice::None,
         },
-        writer_dir: args.writer_dir,
+        writer_dir: args.writer_dir.clone(),
         snapshot: match args.snapshot {
             Snapshot::Auto => SnapshotChoice::Auto,
             Snapshot::Overlay => SnapshotChoice::Overlay,
             Snapshot::Reflink => SnapshotChoice::Reflink,
         },
-        overlay: overlay(args.overlay),
+        overlay: overlay(args.overlay.as_deref()),
         overlay_limit: args.overlay_limit.0,
         freeze_timeout: args.freeze_timeout,
         cbw_timeout: args.cbw_timeout,
@@ -120,17 +123,17 @@ fn options(args: Args, to_stdout: bool) -> Options {
 }
 
 /// The overlay may grow large and hot: /tmp is often memory, so without TMPDIR it is /var/tmp.
-fn overlay(given: Option<PathBuf>) -> OverlayPlace {
+fn overlay(given: Option<&Path>) -> OverlayPlace {
     match given {
         Some(word) if word.as_os_str() == "memory" => OverlayPlace::Memory,
-        Some(folder) => OverlayPlace::Folder(folder),
+        Some(folder) => OverlayPlace::Folder(folder.to_owned()),
         None => OverlayPlace::Folder(std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from)),
     }
 }
 
 fn check(args: &Args) -> Result<()> {
     let refuse = |what: &str| Err(Error::new(Kind::Usage, what));
-    if is_dash(&args.device) {
+    if args.device.iter().any(|device| is_dash(device)) {
         return refuse("--device - is not possible: a backup reads at any offset; name a file or a device");
     }
     if let Some(size) = args.cluster_size
@@ -138,7 +141,8 @@ fn check(args: &Args) -> Result<()> {
     {
         return refuse("--cluster-size is a power of two from 512 to 2M");
     }
-    if is_dash(&args.target) {
+    pairs::check(&args.device, &args.target)?;
+    if args.target.iter().any(|target| is_dash(target)) {
         return check_stream(args);
     }
     let of_new_qcow2 = [("--compress", args.compress.is_some()), ("--cluster-size", args.cluster_size.is_some())];
@@ -172,7 +176,8 @@ fn check_stream(args: &Args) -> Result<()> {
 
 /// Raw by the flag or by the extension; the engine finds out the rest.
 fn raw_by_request(args: &Args) -> bool {
-    let by_extension = || args.target.extension().is_some_and(|e| e == "raw" || e == "img");
+    let is_raw = |target: &PathBuf| target.extension().is_some_and(|e| e == "raw" || e == "img");
+    let by_extension = || args.target.iter().any(is_raw);
     args.format.map_or_else(by_extension, |format| format == ImageFormat::Raw)
 }
 
@@ -223,9 +228,24 @@ mod tests {
         plan(Args::try_parse_from(line.split_whitespace()).unwrap_or_else(|error| panic!("{flags}: {error}")))
     }
 
+    fn one(flags: &str) -> (Options, Plan) {
+        let mut plan = resolve(flags).unwrap();
+        assert_eq!(plan.disks.len(), 1);
+        (plan.disks.remove(0), plan)
+    }
+
+    #[test]
+    fn several_disks_are_paired_in_order_and_share_the_other_flags() {
+        let plan = resolve("--device a --device b --target x --direct --target y.raw --format qcow2").unwrap();
+        let ends: Vec<_> = plan.disks.iter().map(|disk| (disk.device.clone(), disk.target.clone())).collect();
+        let pair = |device: &str, target: &str| (PathBuf::from(device), Target::Path(target.into()));
+        assert_eq!(ends, [pair("a", "x"), pair("b", "y.raw")]);
+        assert!(plan.disks.iter().all(|disk| disk.direct && disk.format == Some(Format::Qcow2)));
+    }
+
     #[test]
     fn defaults_leave_the_formats_to_the_engine() {
-        let Plan { options, speed, view } = resolve("").unwrap();
+        let (options, Plan { speed, view, .. }) = one("");
         assert_eq!((options.format, options.source_format, options.mode), (None, None, Mode::AbsolutePaths));
         assert!(options.backing && options.sparse && options.fsync && options.workers >= 1);
         assert!(!options.direct && !options.allow_inconsistent);
@@ -237,7 +257,7 @@ mod tests {
         let flags = "--source-format qcow2 --no-backing --format qcow2 --cluster-size 4K --compress zstd:7 --speed 1M \
             --workers 3 --direct --sparse=never --no-fsync --allow-inconsistent --on-source-error stop \
             --on-target-error enospc --json -v --progress-interval 5";
-        let Plan { options, speed, view } = resolve(flags).unwrap();
+        let (options, Plan { speed, view, .. }) = one(flags);
         assert_eq!((options.source_format, options.format), (Some(Format::Qcow2), Some(Format::Qcow2)));
         assert_eq!((options.cluster_size, options.compression.unwrap().level), (Some(4096), 7));
         assert_eq!((speed, options.workers), (Some(1 << 20), 3));
@@ -249,7 +269,7 @@ mod tests {
 
     #[test]
     fn a_stream_is_raw_and_sends_json_to_standard_error() {
-        let Plan { options, view, .. } = resolve("--target - --json").unwrap();
+        let (options, Plan { view, .. }) = one("--target - --json");
         assert_eq!((options.target, options.format), (Target::Stdout, Some(Format::Raw)));
         assert_eq!((view.json, view.style), (Some(JsonEnd::Stderr), Style::None));
     }
@@ -258,6 +278,10 @@ mod tests {
     fn contradictions_are_refused_with_the_flag_and_a_hint() {
         for (flags, flag, hint) in [
             ("--device - ", "--device -", "name a file"),
+            ("--device a --device b --target x", "2 --device and 1 --target", "one --target for each"),
+            ("--device a --target x --target -", "1 --device and 2 --target", "one --target for each"),
+            ("--device a --device b --target x --target -", "--target -", "takes one disk"),
+            ("--device a --device b --target x.raw --target y --compress zlib", "--compress", "use --format qcow2"),
             ("--target - --format qcow2", "--format qcow2", "leave it out"),
             ("--target - --compress zlib", "--compress", "leave it out"),
             ("--target - --mode existing", "--mode existing", "leave it out"),

@@ -2,18 +2,18 @@
 //! time and says how.
 
 use super::json::{self, Body, ExitError};
-use super::progress::{BadEnd, Display, GoodEnd, Style};
-use super::records::Records;
-use super::resolve::View;
+use super::progress::{BadEnd, Display, GoodEnd, Row, Style};
+use super::records::{Lines, Records};
+use super::resolve::{View, target_name};
 use super::signals::{self, Request};
 use super::watch::{Watch, report_status};
 use super::{Ending, exit, keys};
-use crate::backup::{Failure, Options, Summary, TargetState};
+use crate::backup::{Disk, Ended, Failure, Options, Summary, TargetState};
 use crate::error::{Error, Kind};
 use crate::ground::size::Rate;
 use crate::ground::status::Pause;
 use crate::job::Job;
-use crate::monitor::{Monitor, TargetKind};
+use crate::monitor::TargetKind;
 use anyhow::Context;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -43,8 +43,10 @@ pub struct Ends {
 }
 
 enum Wake {
-    Ended(Box<Result<Summary, Failure>>),
-    Panicked,
+    /// The disk at this place.
+    Ended(usize, Box<Result<Summary, Failure>>),
+    /// The engine is gone; a disk that has not ended never will.
+    Left,
     Signal(i32),
     /// A reader has got everything, or is gone.
     Served,
@@ -52,24 +54,35 @@ enum Wake {
 
 /// A run under way.
 pub struct Session {
-    view: View,
-    job: Arc<Job>,
-    watch: Arc<Watch>,
-    target: String,
-    began: Instant,
+    disks: Vec<Watched>,
+    display: Display,
     wake: Sender<Wake>,
     woken: Receiver<Wake>,
-    status_wanted: Sender<()>,
     /// Readers that have not got everything yet.
     unserved: usize,
     cancelled: Option<(i32, Instant)>,
+    /// The engine did not come back after a cancel.
+    abandoned: bool,
 }
 
-/// How the engine ended.
+/// One disk of a run.
+struct Watched {
+    job: Arc<Job>,
+    watch: Arc<Watch>,
+    /// As messages name it.
+    target: String,
+    view: View,
+    began: Instant,
+    status_wanted: Sender<()>,
+    /// Set with the last record.
+    code: Option<u8>,
+}
+
+/// How a disk ended.
 enum Outcome {
     Complete(Summary),
     Failed(Failure),
-    /// It did not come back after a cancel.
+    /// The engine did not come back after a cancel.
     Abandoned {
         undone: bool,
     },
@@ -79,24 +92,181 @@ enum Outcome {
 }
 
 impl Session {
-    /// Starts the threads that write. `speed` in bytes a second; `target` as messages name it.
-    pub fn start(view: View, speed: Option<u64>, target: String, ends: Ends) -> anyhow::Result<Self> {
+    /// Starts the threads that write. `speed` in bytes a second. Without `disks` it is for a refusal.
+    pub fn start(view: View, speed: Option<u64>, disks: &[Options], ends: Ends) -> anyhow::Result<Self> {
         let (wake, woken) = channel();
-        let (status_wanted, asked) = channel();
         let served = || {
             let wake = wake.clone();
             move || drop(wake.send(Wake::Served))
         };
-        let job = Arc::new(Job::new(speed));
-        let display = Display::start(view.style, Arc::clone(&job), ends.people, served());
-        let display = display.context("start the progress thread")?;
-        let records = ends.json.map(|out| Records::to(out, served())).transpose().context("start the JSON thread")?;
+        let places = 0..disks.len().max(1);
+        let jobs: Vec<Arc<Job>> = places.map(|_| Arc::new(Job::new(speed))).collect();
+        let name = |place: usize| (jobs.len() > 1).then(|| disks[place].device.display().to_string());
+        let row = |(place, job): (usize, &Arc<Job>)| Row { name: name(place), job: Arc::clone(job) };
+        let rows = jobs.iter().enumerate().map(row).collect();
+        let display = Display::start(view.style, rows, ends.people, served()).context("start the progress thread")?;
+        let lines = ends.json.map(Lines::to);
+        let mut watched = Vec::new();
+        for (place, job) in jobs.iter().enumerate() {
+            let records = lines.clone().map(|lines| Records::to(lines, served())).transpose();
+            let records = records.context("start a JSON thread")?;
+            let target = disks.get(place).map_or_else(String::new, |disk| target_name(&disk.target));
+            watched.push(Watched::start(view, Arc::clone(job), target, display.about(name(place)), records)?);
+        }
+        let unserved = 1 + lines.map_or(0, |_| jobs.len());
+        Ok(Self { disks: watched, display, wake, woken, unserved, cancelled: None, abandoned: false })
+    }
+
+    /// Takes over what a process has only one of: signals, the panic hook, the keyboard.
+    pub fn own_process(&self, speed: Option<u64>) -> anyhow::Result<()> {
+        let display = self.display.clone();
+        // The default hook writes to standard error, which may block.
+        std::panic::set_hook(Box::new(move |panic| display.say(&format!("internal error: {panic}"))));
+        let (wake, jobs, display) = (self.wake.clone(), self.jobs(), self.display.clone());
+        let status_wanted: Vec<Sender<()>> = self.disks.iter().map(|disk| disk.status_wanted.clone()).collect();
+        signals::listen(move |request| match request {
+            Request::End(signal) => drop(wake.send(Wake::Signal(signal))),
+            Request::Status => {
+                display.show_status();
+                for wanted in &status_wanted {
+                    // Without --json nobody listens.
+                    let _ = wanted.send(());
+                }
+            }
+            Request::ToggleSpeed => display.say(&toggle_speed(&jobs, speed)),
+            Request::GoOn => {
+                let stopped = |job: &&Arc<Job>| job.snapshot().paused == Some(Pause::Error);
+                jobs.iter().filter(stopped).for_each(|job| job.resume());
+            }
+        })?;
+        keys::resume_on_enter(self.jobs()).context("start the keyboard thread")
+    }
+
+    fn jobs(&self) -> Vec<Arc<Job>> {
+        self.disks.iter().map(|disk| Arc::clone(&disk.job)).collect()
+    }
+
+    /// Runs the engine to its end, or to the end of patience.
+    pub fn run<E>(mut self, options: Vec<Options>, engine: E) -> Ending
+    where
+        E: FnOnce(&[Disk<'_>], &Ended<'_>) + Send + 'static,
+    {
+        let wake = self.wake.clone();
+        let watched: Vec<_> = self.disks.iter().map(|disk| (Arc::clone(&disk.job), Arc::clone(&disk.watch))).collect();
+        let work = move || {
+            let disks = options.iter().zip(&watched);
+            let disks: Vec<Disk<'_>> =
+                disks.map(|(options, (job, watch))| Disk { options, job, monitor: &**watch }).collect();
+            // Gone only when the process is about to be.
+            let ended = |place, result| drop(wake.send(Wake::Ended(place, Box::new(result))));
+            // Nothing of what it shares is used after a panic, but for the jobs, whose locks recover.
+            let _ = catch_unwind(AssertUnwindSafe(|| engine(&disks, &ended)));
+            let _ = wake.send(Wake::Left);
+        };
+        match thread::Builder::new().name("backup".to_owned()).spawn(work) {
+            Ok(_) => self.supervise(),
+            Err(error) => self.fail_all(&format!("start the backup thread: {error}"), Kind::Other),
+        }
+        self.end()
+    }
+
+    /// Ends a run that never began.
+    pub fn refuse(mut self, error: &Error) -> Ending {
+        self.fail_all(&error.to_string(), error.kind());
+        self.end()
+    }
+
+    fn fail_all(&mut self, why: &str, kind: Kind) {
+        for place in 0..self.disks.len() {
+            let error = Error::new(kind, why);
+            self.end_disk(place, Outcome::Failed(Failure { error, target: TargetState::Untouched }));
+        }
+    }
+
+    fn supervise(&mut self) {
+        while self.disks.iter().any(|disk| disk.code.is_none()) {
+            let wake = match self.cancelled {
+                None => self.woken.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some((_, at)) => self.woken.recv_timeout((at + GRACE).saturating_duration_since(Instant::now())),
+            };
+            match wake {
+                Ok(Wake::Ended(place, result)) => {
+                    self.end_disk(place, result.map_or_else(Outcome::Failed, Outcome::Complete));
+                }
+                Ok(Wake::Left) => self.give_up(|undone| Outcome::Panicked { undone }),
+                Ok(Wake::Served) => self.unserved -= 1,
+                Ok(Wake::Signal(signal)) => match self.cancelled {
+                    None => {
+                        self.cancelled = Some((signal, Instant::now()));
+                        self.disks.iter().for_each(|disk| disk.job.cancel());
+                    }
+                    Some(_) if signal == signal_hook::consts::SIGINT => self.abandon(),
+                    Some(_) => {}
+                },
+                Err(_) => self.abandon(),
+            }
+        }
+    }
+
+    fn abandon(&mut self) {
+        self.abandoned = true;
+        self.give_up(|undone| Outcome::Abandoned { undone });
+    }
+
+    /// Undoes what the engine can't, for every disk that has not ended.
+    fn give_up(&mut self, outcome: impl Fn(bool) -> Outcome) {
+        let open = self.disks.iter().enumerate().filter(|(_, disk)| disk.code.is_none());
+        let undoing: Vec<(usize, Receiver<()>)> = open.map(|(place, disk)| (place, disk.undo())).collect();
+        let bound = Instant::now() + UNDO_BOUND;
+        for (place, undone) in undoing {
+            let undone = undone.recv_timeout(bound.saturating_duration_since(Instant::now())).is_ok();
+            self.end_disk(place, outcome(undone));
+        }
+    }
+
+    fn end_disk(&mut self, place: usize, outcome: Outcome) {
+        self.disks[place].end(outcome, self.cancelled.map(|(signal, _)| signal));
+        self.display.finish(place);
+    }
+
+    fn end(&mut self) -> Ending {
+        self.wait_for_readers();
+        let code = exit::of_all(self.disks.iter().filter_map(|disk| disk.code));
+        let signal = self.cancelled.map(|(signal, _)| signal).filter(|signal| code == exit::of_signal(*signal));
+        Ending { code, signal, abandoned: self.abandoned }
+    }
+
+    fn wait_for_readers(&mut self) {
+        let mut bound = Instant::now() + LAST_RECORD_BOUND;
+        if let Some((_, at)) = self.cancelled {
+            bound = bound.min(at + SIGNAL_BOUND);
+        }
+        while self.unserved > 0 {
+            match self.woken.recv_timeout(bound.saturating_duration_since(Instant::now())) {
+                Ok(Wake::Served) => self.unserved -= 1,
+                // The outcome stands; who reads gets it, and nobody wants to wait for who does not.
+                Ok(Wake::Signal(_)) => bound = bound.min(Instant::now() + IMPATIENT_BOUND),
+                Ok(Wake::Ended(..) | Wake::Left) => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+impl Watched {
+    fn start(
+        view: View,
+        job: Arc<Job>,
+        target: String,
+        display: Display,
+        records: Option<Records>,
+    ) -> anyhow::Result<Self> {
+        let (status_wanted, asked) = channel();
         if let Some(records) = records.clone() {
             let (job, interval) = (Arc::clone(&job), view.status_interval);
             let report = move || report_status(&job, &records, interval, &asked);
-            thread::Builder::new().name("status".to_owned()).spawn(report).context("start the status thread")?;
+            thread::Builder::new().name("status".to_owned()).spawn(report).context("start a status thread")?;
         }
-        let unserved = 1 + usize::from(records.is_some());
         let watch = Arc::new(Watch {
             job: Arc::clone(&job),
             display,
@@ -107,116 +277,40 @@ impl Session {
             warnings: AtomicU64::new(0),
             fault_lines: AtomicU64::new(0),
         });
-        let began = Instant::now();
-        Ok(Self { view, job, watch, target, began, wake, woken, status_wanted, unserved, cancelled: None })
+        Ok(Self { job, watch, target, view, began: Instant::now(), status_wanted, code: None })
     }
 
-    /// Takes over what a process has only one of: signals, the panic hook, the keyboard.
-    pub fn own_process(&self, speed: Option<u64>) -> anyhow::Result<()> {
-        let display = self.watch.display.clone();
-        // The default hook writes to standard error, which may block.
-        std::panic::set_hook(Box::new(move |panic| display.say(&format!("internal error: {panic}"))));
-        let (wake, job, display) = (self.wake.clone(), Arc::clone(&self.job), self.watch.display.clone());
-        let status_wanted = self.status_wanted.clone();
-        signals::listen(move |request| match request {
-            Request::End(signal) => drop(wake.send(Wake::Signal(signal))),
-            Request::Status => {
-                display.show_status();
-                // Without --json nobody listens.
-                let _ = status_wanted.send(());
-            }
-            Request::ToggleSpeed => display.say(&toggle_speed(&job, speed)),
-            Request::GoOn if job.snapshot().paused == Some(Pause::Error) => job.resume(),
-            Request::GoOn => {}
-        })?;
-        keys::resume_on_enter(Arc::clone(&self.job)).context("start the keyboard thread")
-    }
-
-    /// Runs the engine to its end, or to the end of patience.
-    pub fn run<E>(mut self, options: Options, engine: E) -> Ending
-    where
-        E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
-    {
-        let (wake, job, watch) = (self.wake.clone(), Arc::clone(&self.job), Arc::clone(&self.watch));
-        let work = move || {
-            // Nothing of what it shares is used after a panic, but for the job, whose locks recover.
-            let ended = catch_unwind(AssertUnwindSafe(|| engine(&options, &job, &*watch)));
-            // Gone only when the process is about to be.
-            let _ = wake.send(ended.map_or(Wake::Panicked, |result| Wake::Ended(Box::new(result))));
-        };
-        let outcome = match thread::Builder::new().name("backup".to_owned()).spawn(work) {
-            Ok(_) => self.supervise(),
-            Err(error) => {
-                let error = Error::new(Kind::Other, format!("start the backup thread: {error}"));
-                Outcome::Failed(Failure { error, target: TargetState::Untouched })
-            }
-        };
-        self.end(outcome)
-    }
-
-    /// Ends a run that never began.
-    pub fn refuse(mut self, error: Error) -> Ending {
-        self.end(Outcome::Failed(Failure { error, target: TargetState::Untouched }))
-    }
-
-    fn supervise(&mut self) -> Outcome {
-        loop {
-            let wake = match self.cancelled {
-                None => self.woken.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some((_, at)) => self.woken.recv_timeout((at + GRACE).saturating_duration_since(Instant::now())),
-            };
-            match wake {
-                Ok(Wake::Ended(result)) => {
-                    return result.map_or_else(Outcome::Failed, Outcome::Complete);
-                }
-                Ok(Wake::Panicked) => return Outcome::Panicked { undone: self.undo() },
-                Ok(Wake::Served) => self.unserved -= 1,
-                Ok(Wake::Signal(signal)) => match self.cancelled {
-                    None => {
-                        self.cancelled = Some((signal, Instant::now()));
-                        self.job.cancel();
-                    }
-                    Some(_) if signal == signal_hook::consts::SIGINT => {
-                        return Outcome::Abandoned { undone: self.undo() };
-                    }
-                    Some(_) => {}
-                },
-                Err(_) => return Outcome::Abandoned { undone: self.undo() },
-            }
-        }
-    }
-
-    /// Undoes what the engine can't: releases writers, unlinks the partial target. False when that hangs too.
-    fn undo(&self) -> bool {
+    /// Undoes what the engine can't: releases writers, unlinks the partial target. Tells when that is done.
+    fn undo(&self) -> Receiver<()> {
         let (done, undone) = channel();
         let job = Arc::clone(&self.job);
         let undo = move || {
             job.abandon();
             let _ = done.send(());
         };
-        thread::Builder::new().name("undo".to_owned()).spawn(undo).is_ok() && undone.recv_timeout(UNDO_BOUND).is_ok()
+        // Without a thread the other end is gone, and nothing was undone.
+        let _ = thread::Builder::new().name("undo".to_owned()).spawn(undo);
+        undone
     }
 
-    fn end(&mut self, outcome: Outcome) -> Ending {
-        let abandoned = matches!(outcome, Outcome::Abandoned { .. });
+    /// Says how it ended, in its last line and its last record. `signal` cancelled the run.
+    fn end(&mut self, outcome: Outcome, signal: Option<i32>) {
         let (code, last) = match outcome {
             Outcome::Complete(summary) => self.complete(&summary),
-            Outcome::Failed(Failure { error, target }) => self.failed(&error, target, true),
+            Outcome::Failed(Failure { error, target }) => self.failed(&error, target, true, signal),
             Outcome::Abandoned { undone } => {
                 let error = Error::new(Kind::Cancelled, "the job hangs and was abandoned");
-                self.failed(&error, self.state_after(undone), undone)
+                self.failed(&error, self.state_after(undone), undone, signal)
             }
             Outcome::Panicked { undone } => {
-                self.failed(&Error::new(Kind::Other, "internal error"), self.state_after(undone), undone)
+                let error = Error::new(Kind::Other, "internal error");
+                self.failed(&error, self.state_after(undone), undone, signal)
             }
         };
         if let Some(records) = &self.watch.records {
             records.finish(last);
         }
-        self.watch.display.finish();
-        self.wait_for_readers();
-        let signal = self.cancelled.map(|(signal, _)| signal).filter(|signal| code == exit::of_signal(*signal));
-        Ending { code, signal, abandoned }
+        self.code = Some(code);
     }
 
     fn complete(&self, summary: &Summary) -> (u8, Body) {
@@ -257,12 +351,12 @@ impl Session {
         (code, Body::Summary(Box::new(body)))
     }
 
-    fn failed(&self, error: &Error, state: TargetState, released: bool) -> (u8, Body) {
+    fn failed(&self, error: &Error, state: TargetState, released: bool, cancelled: Option<i32>) -> (u8, Body) {
         let (mut code, mut reason) = exit::of(error.kind());
         let mut message = error.to_string();
         let mut signal = None;
         // Whatever else went wrong meanwhile, a signal is what ended it: a pipe's reader dies of the same Ctrl-C.
-        if let Some((number, _)) = self.cancelled {
+        if let Some(number) = cancelled {
             let name = signals::name(number);
             (code, reason, signal) = (exit::of_signal(number), "signal", Some(name));
             message = format!("ended by {name}: {message}");
@@ -291,34 +385,19 @@ impl Session {
             _ => TargetState::Incomplete,
         }
     }
-
-    fn wait_for_readers(&mut self) {
-        let mut bound = Instant::now() + LAST_RECORD_BOUND;
-        if let Some((_, at)) = self.cancelled {
-            bound = bound.min(at + SIGNAL_BOUND);
-        }
-        while self.unserved > 0 {
-            match self.woken.recv_timeout(bound.saturating_duration_since(Instant::now())) {
-                Ok(Wake::Served) => self.unserved -= 1,
-                // The outcome stands; who reads gets it, and nobody wants to wait for who does not.
-                Ok(Wake::Signal(_)) => bound = bound.min(Instant::now() + IMPATIENT_BOUND),
-                Ok(Wake::Ended(_) | Wake::Panicked) => {}
-                Err(_) => return,
-            }
-        }
-    }
 }
 
 /// SIGUSR2; what it did, in words.
-fn toggle_speed(job: &Job, limit: Option<u64>) -> String {
-    match (limit, job.speed()) {
+fn toggle_speed(jobs: &[Arc<Job>], limit: Option<u64>) -> String {
+    let set = |speed| jobs.iter().for_each(|job| job.set_speed(speed));
+    match (limit, jobs.iter().find_map(|job| job.speed())) {
         (None, _) => "SIGUSR2: there is no --speed to turn off".to_owned(),
         (Some(_), Some(_)) => {
-            job.set_speed(None);
+            set(None);
             "speed limit off; SIGUSR2 turns it on again".to_owned()
         }
         (Some(limit), None) => {
-            job.set_speed(Some(limit));
+            set(Some(limit));
             format!("speed limit {} again", Rate(limit))
         }
     }

@@ -31,6 +31,16 @@ pub fn refuse_same(target: &Path, sources: &[&Path]) -> Result<()> {
     Ok(())
 }
 
+/// Are they the same bytes, neither more nor less? False where one of them can't be looked at.
+pub fn is_same(one: &Path, other: &Path) -> bool {
+    Storage::of(one).is_ok_and(|one| Storage::of(other).is_ok_and(|other| one == other))
+}
+
+/// Has one a byte of the other? False where one of them can't be looked at.
+pub fn is_overlapping(one: &Path, other: &Path) -> bool {
+    Storage::of(one).is_ok_and(|one| Storage::of(other).is_ok_and(|other| one.overlaps(&other)))
+}
+
 /// Refuses a target that is mounted or swapped to, it or a partition of it or anything that lies above it. A target
 /// that does not exist yet is neither. [`Kind::Busy`].
 pub fn refuse_in_use(target: &Path) -> Result<()> {

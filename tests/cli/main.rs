@@ -6,6 +6,7 @@ mod hung;
 mod json;
 mod kit;
 mod quiet;
+mod several;
 mod signals;
 mod streams;
 mod terminal;

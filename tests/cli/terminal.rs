@@ -57,6 +57,24 @@ fn a_bar_shows_the_copy_and_a_line_its_end() {
 }
 
 #[test]
+fn two_bars_show_both_disks_and_draw_no_more_than_one() {
+    let bench = Bench::new();
+    fs::copy(bench.path("disk.raw"), bench.path("more.raw")).unwrap();
+    let flags = ["--device", "disk.raw", "--target", "out.raw", "--device", "more.raw", "--target", "other.raw"];
+    let began = Instant::now();
+    let mut terminal = on_terminal(&bench, BINARY, &[&flags[..], &["--speed", "8M"]].concat(), false);
+    let both = r"\[.*=>.*\] disk\.raw: .* %, .*\[.*=>.*\] more\.raw: .* %, .*MiB/s";
+    let shown = until(&mut terminal, both);
+    let ends = r"(?s)drive-backup: (disk|more)\.raw: complete: 16.*drive-backup: (disk|more)\.raw: complete: 16";
+    let shown = shown + &until(&mut terminal, ends);
+    let (draws, most) = (shown.matches("] disk.raw: ").count(), began.elapsed().as_millis() / 100 + 3);
+    assert!(draws > 3 && draws as u128 <= most, "{draws} draws, at most 10 a second are {most}");
+    assert!(matches!(wait(&terminal), WaitStatus::Exited(_, 0)));
+    bench.assert_copied("out.raw");
+    bench.assert_copied("other.raw");
+}
+
+#[test]
 fn while_the_flush_runs_it_says_so_and_never_100_percent() {
     let bench = Bench::new();
     let calls = "fsync,fdatasync,syncfs";

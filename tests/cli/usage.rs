@@ -21,7 +21,8 @@ fn nonsense_is_one_line_exit_2_and_touches_nothing() {
         (&["--workers", "0"], "1..=256"),
         (&["--on-source-error", "retry"], "possible values: report, ignore, enospc, stop"),
         (&["--spede", "1"], "'--speed'"),
-        (&["--target", "other"], "multiple times"),
+        (&["--target", "other"], "one --target for each"),
+        (&["--speed", "1M", "--speed", "2M"], "multiple times"),
     ] {
         let output = bench.backup().args(flags).output().unwrap();
         let text = String::from_utf8(output.stderr).unwrap();

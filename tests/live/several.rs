@@ -8,8 +8,8 @@ use drive_backup::writer::Writer;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 /// On each disk.
@@ -103,8 +103,11 @@ fn back_up(disks: [&Options; 2], rates: [Option<u64>; 2]) -> (Vec<Result<Summary
     let ears = [Ear::default(), Ear::default()];
     let jobs = rates.map(|rate| Arc::new(Job::new(rate)));
     let disk = |at: usize| Disk { options: disks[at], job: &jobs[at], monitor: &ears[at] };
-    let ended = backup::run_all(&[disk(0), disk(1)]);
-    (ended, ears)
+    let ended = [Mutex::new(None), Mutex::new(None)];
+    backup::run_all(&[disk(0), disk(1)], &|place, result| {
+        assert!(ended[place].lock().unwrap().replace(result).is_none(), "it ends once");
+    });
+    (ended.map(|result| result.into_inner().unwrap().expect("each ends")).into(), ears)
 }
 
 fn run(seed: u64) {

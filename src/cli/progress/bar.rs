@@ -3,7 +3,7 @@
 use super::pace::View;
 use super::text;
 use crate::ground::status::Phase;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use rustix::stdio::stderr;
 use rustix::termios::tcgetwinsize;
 use std::fmt;
@@ -11,16 +11,36 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 const DRAWS_A_SECOND: u8 = 10;
 const STEPS: u64 = 1000;
-const COPY: &str = "[{bar:24}] {text}";
-const COPY_IN_COLOUR: &str = "[{bar:24.cyan/blue}] {text}";
 const OTHER: &str = "{spinner} {text}";
-/// Columns that the text does not have: the bar's, with its brackets and blanks.
-const BAR_COLUMNS: usize = 28;
+/// Of a bar that is alone, and of one that shares its line with a name.
+const BAR_COLUMNS: usize = 24;
+const NAMED_BAR_COLUMNS: usize = 12;
+/// Its brackets and blanks.
+const FRAME_COLUMNS: usize = 4;
+/// The end of a longer name: it tells more than the beginning.
+const NAME_COLUMNS: usize = 16;
 const USUAL_COLUMNS: u16 = 80;
+
+/// Everything that is drawn, so that lines can be written above it.
+pub struct Bars(MultiProgress);
+
+impl Bars {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self(MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(DRAWS_A_SECOND)))
+    }
+
+    /// Takes the bars away while `write` writes lines.
+    pub fn aside(&self, write: impl FnOnce()) {
+        self.0.suspend(write);
+    }
+}
 
 /// A bar while bytes are copied, a spinner in every other phase: a full bar would look like the end.
 pub struct Bar {
     bar: ProgressBar,
+    /// Shown where it is not the only one.
+    name: Option<String>,
     colour: bool,
     copying: Option<bool>,
     /// Read by the bar as it draws: `set_message` would be a draw of its own.
@@ -28,41 +48,53 @@ pub struct Bar {
 }
 
 impl Bar {
-    /// Shows nothing before the first draw.
-    pub fn new(colour: bool) -> Self {
-        let target = ProgressDrawTarget::stderr_with_hz(DRAWS_A_SECOND);
-        let bar = ProgressBar::with_draw_target(Some(STEPS), target);
-        Self { bar, colour, copying: None, text: Arc::default() }
+    /// Below those that `bars` has. Shows nothing before the first draw.
+    pub fn new(bars: &Bars, colour: bool, name: Option<&str>) -> Self {
+        let bar = bars.0.add(ProgressBar::with_draw_target(Some(STEPS), ProgressDrawTarget::hidden()));
+        Self { bar, name: name.map(short), colour, copying: None, text: Arc::default() }
     }
 
-    /// One draw. Blocks as long as the terminal does.
+    /// One draw of all bars, with this one's news. Blocks as long as the terminal does.
     pub fn draw(&mut self, view: &View) {
         let copying = view.job.phase == Phase::Copy;
         if self.copying.replace(copying) != Some(copying) {
             self.bar.set_style(self.style(copying));
         }
-        *self.text.lock().unwrap_or_else(PoisonError::into_inner) = fitting(text::status(view));
+        *self.text.lock().unwrap_or_else(PoisonError::into_inner) = self.fitting(&text::status(view));
         self.bar.update(|state| state.set_pos((view.percent * STEPS as f64) as u64));
     }
 
     fn style(&self, copying: bool) -> ProgressStyle {
+        let columns = self.columns();
         let template = match (copying, self.colour) {
-            (true, true) => COPY_IN_COLOUR,
-            (true, false) => COPY,
-            (false, _) => OTHER,
+            (true, true) => format!("[{{bar:{columns}.cyan/blue}}] {{text}}"),
+            (true, false) => format!("[{{bar:{columns}}}] {{text}}"),
+            (false, _) => OTHER.to_owned(),
         };
         let text = Arc::clone(&self.text);
         let write = move |_: &ProgressState, to: &mut dyn fmt::Write| {
             // The buffer that it is drawn in takes everything.
             let _ = to.write_str(&text.lock().unwrap_or_else(PoisonError::into_inner));
         };
-        let style = ProgressStyle::with_template(template).expect("a constant template");
+        let style = ProgressStyle::with_template(&template).expect("a constant template");
         style.progress_chars("=> ").with_key("text", write)
     }
 
-    /// Takes the bar away while `write` writes lines.
-    pub fn aside(&self, write: impl FnOnce()) {
-        self.bar.suspend(write);
+    fn columns(&self) -> usize {
+        if self.name.is_some() { NAMED_BAR_COLUMNS } else { BAR_COLUMNS }
+    }
+
+    /// Cut to the terminal: a line that wraps could not be drawn over.
+    fn fitting(&self, status: &str) -> String {
+        let columns = tcgetwinsize(stderr()).map(|size| size.ws_col).ok().filter(|columns| *columns > 0);
+        let room = usize::from(columns.unwrap_or(USUAL_COLUMNS)).saturating_sub(self.columns() + FRAME_COLUMNS);
+        let mut text = match &self.name {
+            None => status.to_owned(),
+            Some(name) => format!("{name}: {status}"),
+        };
+        // Name and status are ASCII.
+        text.truncate(room);
+        text
     }
 
     /// Takes it away for good.
@@ -71,11 +103,20 @@ impl Bar {
     }
 }
 
-/// Cut to the terminal: a line that wraps could not be drawn over.
-fn fitting(mut text: String) -> String {
-    let columns = tcgetwinsize(stderr()).map(|size| size.ws_col).ok().filter(|columns| *columns > 0);
-    let room = usize::from(columns.unwrap_or(USUAL_COLUMNS)).saturating_sub(BAR_COLUMNS);
-    // A status is ASCII.
-    text.truncate(room);
-    text
+/// As much of a name as has room. One character is one column: what may be wider is a question mark.
+fn short(name: &str) -> String {
+    let columns: Vec<char> = name.chars().map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' }).collect();
+    columns[columns.len().saturating_sub(NAME_COLUMNS)..].iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_keeps_its_end_and_one_column_a_character() {
+        assert_eq!(short("a b.raw"), "a b.raw");
+        assert_eq!(short("/srv/machines/vm1/disk.raw"), "nes/vm1/disk.raw");
+        assert_eq!(short("dïsk\u{1b}[31m\u{1f4be}"), "d?sk?[31m?");
+    }
 }

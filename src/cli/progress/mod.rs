@@ -9,7 +9,7 @@ pub use text::{BadEnd, GoodEnd, one_line, started};
 use super::args::Progress;
 use super::stream::{in_foreground, is_journal};
 use crate::job::Job;
-use bar::Bar;
+use bar::{Bar, Bars};
 use pace::{Pace, View};
 use std::collections::VecDeque;
 use std::io::{IsTerminal, Write};
@@ -57,9 +57,21 @@ impl Style {
     }
 }
 
+/// A job as people see it.
+pub struct Row {
+    /// Told with all that concerns it; `None` where it is the only one.
+    pub name: Option<String>,
+    /// Looked at.
+    pub job: Arc<Job>,
+}
+
 /// The way to people. Clones lead to the same ones; nothing here blocks.
 #[derive(Clone)]
-pub struct Display(Arc<Shared>);
+pub struct Display {
+    shared: Arc<Shared>,
+    /// Whom its lines concern, where there are several.
+    name: Option<String>,
+}
 
 struct Shared {
     waiting: Mutex<Waiting>,
@@ -71,48 +83,54 @@ struct Waiting {
     lines: VecDeque<String>,
     lost: u64,
     status_wanted: bool,
-    ending: bool,
+    /// Rows that are over.
+    over: Vec<usize>,
 }
 
 impl Display {
-    /// Starts the thread that writes to `err`. It calls `shown` once, after the last line.
+    /// Starts the thread that writes to `err`. It calls `shown` once, after the last line, when all `rows` are over.
     pub fn start(
         style: Style,
-        job: Arc<Job>,
+        rows: Vec<Row>,
         err: Box<dyn Write + Send>,
         shown: impl FnOnce() + Send + 'static,
     ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared { waiting: Mutex::default(), wake: Condvar::new() });
-        let display = Self(Arc::clone(&shared));
+        let display = Self { shared: Arc::clone(&shared), name: None };
         let show = move || {
-            Screen::new(style, job, err).show(&shared);
+            Screen::new(style, rows, err).show(&shared);
             shown();
         };
         thread::Builder::new().name("progress".to_owned()).spawn(show)?;
         Ok(display)
     }
 
+    /// The same way, for lines that concern `name`.
+    pub fn about(&self, name: Option<String>) -> Self {
+        Self { shared: Arc::clone(&self.shared), name }
+    }
+
     /// A line, without prefix and line feed.
     pub fn say(&self, line: &str) {
-        let mut waiting = self.0.waiting();
+        let mut waiting = self.shared.waiting();
         if waiting.lines.len() < MOST_WAITING {
-            waiting.lines.push_back(one_line(line));
+            waiting.lines.push_back(one_line(&named(self.name.as_deref(), line)));
         } else {
             waiting.lost += 1;
         }
-        self.0.wake.notify_one();
+        self.shared.wake.notify_one();
     }
 
-    /// One status line, now.
+    /// One status line of each row that is not over, now.
     pub fn show_status(&self) {
-        self.0.waiting().status_wanted = true;
-        self.0.wake.notify_one();
+        self.shared.waiting().status_wanted = true;
+        self.shared.wake.notify_one();
     }
 
-    /// Says what waits and ends the thread.
-    pub fn finish(&self) {
-        self.0.waiting().ending = true;
-        self.0.wake.notify_one();
+    /// Says what waits; shows no more of this row. After the last one the thread ends.
+    pub fn finish(&self, row: usize) {
+        self.shared.waiting().over.push(row);
+        self.shared.wake.notify_one();
     }
 }
 
@@ -123,63 +141,100 @@ impl Shared {
 
     /// Blocks until there is something to say, for `tick` at most.
     fn next(&self, tick: Duration) -> Waiting {
-        let idle = |waiting: &mut Waiting| waiting.lines.is_empty() && !waiting.status_wanted && !waiting.ending;
+        let idle =
+            |waiting: &mut Waiting| waiting.lines.is_empty() && !waiting.status_wanted && waiting.over.is_empty();
         let waiting = self.wake.wait_timeout_while(self.waiting(), tick, idle);
         std::mem::take(&mut *waiting.unwrap_or_else(PoisonError::into_inner).0)
     }
 }
 
+fn named(name: Option<&str>, line: &str) -> String {
+    name.map_or_else(|| line.to_owned(), |name| format!("{name}: {line}"))
+}
+
 struct Screen {
     shape: Shape,
-    job: Arc<Job>,
-    pace: Pace,
+    shown: Vec<Shown>,
     began: Instant,
     err: Box<dyn Write + Send>,
 }
 
+/// A row that is not over.
+struct Shown {
+    place: usize,
+    row: Row,
+    pace: Pace,
+    bar: Option<Bar>,
+}
+
 enum Shape {
-    Bar { bar: Bar, next: Duration },
-    Plain { interval: Duration, next: Duration },
+    /// `turn` counts draws: the rows take turns, so that many are not drawn more often than one.
+    Bars {
+        bars: Bars,
+        next: Duration,
+        turn: usize,
+    },
+    Plain {
+        interval: Duration,
+        next: Duration,
+    },
     None,
 }
 
 impl Screen {
-    fn new(style: Style, job: Arc<Job>, err: Box<dyn Write + Send>) -> Self {
+    fn new(style: Style, rows: Vec<Row>, err: Box<dyn Write + Send>) -> Self {
         let shape = match style {
-            Style::Bar { colour } => Shape::Bar { bar: Bar::new(colour), next: Duration::ZERO },
+            Style::Bar { .. } => Shape::Bars { bars: Bars::new(), next: Duration::ZERO, turn: 0 },
             Style::Plain { interval } => Shape::Plain { interval, next: interval },
             Style::None => Shape::None,
         };
-        Self { shape, job, pace: Pace::default(), began: Instant::now(), err }
+        let show = |(place, row): (usize, Row)| {
+            let bar = match (&shape, style) {
+                (Shape::Bars { bars, .. }, Style::Bar { colour }) => Some(Bar::new(bars, colour, row.name.as_deref())),
+                _ => None,
+            };
+            Shown { place, row, pace: Pace::default(), bar }
+        };
+        let shown = rows.into_iter().enumerate().map(show).collect();
+        Self { shape, shown, began: Instant::now(), err }
     }
 
     fn show(mut self, shared: &Shared) {
         let tick = match &self.shape {
-            Shape::Bar { .. } => BAR_TICK,
+            Shape::Bars { .. } => BAR_TICK,
             Shape::Plain { interval, .. } => PLAIN_TICK.min(*interval),
             Shape::None => PLAIN_TICK,
         };
         loop {
             let waiting = shared.next(tick);
-            let view = self.pace.look(self.began.elapsed(), self.job.snapshot());
+            let views = self.look();
             let mut lines: Vec<String> = waiting.lines.into();
             if waiting.lost > 0 {
                 lines.push(format!("{} lines were lost: nobody read them", waiting.lost));
             }
             if waiting.status_wanted {
-                lines.push(text::status(&view));
+                lines.extend(self.statuses(&views));
             }
-            if waiting.ending
-                && let Shape::Bar { bar, .. } = &self.shape
-            {
-                bar.clear();
+            for gone in self.shown.extract_if(.., |shown| waiting.over.contains(&shown.place)) {
+                gone.bar.iter().for_each(Bar::clear);
             }
             self.print(&lines);
-            if waiting.ending {
+            if self.shown.is_empty() {
                 return;
             }
-            self.draw(&view);
+            self.draw();
         }
+    }
+
+    fn look(&mut self) -> Vec<View> {
+        let elapsed = self.began.elapsed();
+        self.shown.iter_mut().map(|shown| shown.look(elapsed)).collect()
+    }
+
+    /// A line for each row.
+    fn statuses(&self, views: &[View]) -> Vec<String> {
+        let line = |(shown, view): (&Shown, &View)| one_line(&named(shown.row.name.as_deref(), &text::status(view)));
+        self.shown.iter().zip(views).map(line).collect()
     }
 
     fn print(&mut self, lines: &[String]) {
@@ -191,26 +246,37 @@ impl Screen {
         // People who closed their end are no reason to end.
         let mut write = || drop(err.write_all(text.as_bytes()));
         match &self.shape {
-            Shape::Bar { bar, .. } => bar.aside(write),
+            Shape::Bars { bars, .. } => bars.aside(write),
             _ => write(),
         }
     }
 
-    fn draw(&mut self, view: &View) {
+    fn draw(&mut self) {
+        let elapsed = self.began.elapsed();
         match &mut self.shape {
-            Shape::Bar { bar, next } if view.elapsed >= *next => {
-                *next = view.elapsed + BAR_TICK;
+            Shape::Bars { next, turn, .. } if elapsed >= *next => {
+                *next = elapsed + BAR_TICK;
+                let drawn = *turn % self.shown.len();
+                *turn = drawn + 1;
                 // In the background the terminal is somebody else's.
-                if in_foreground(std::io::stderr()) {
-                    bar.draw(view);
+                let view = self.shown[drawn].look(elapsed);
+                if let Some(bar) = self.shown[drawn].bar.as_mut().filter(|_| in_foreground(std::io::stderr())) {
+                    bar.draw(&view);
                 }
             }
-            Shape::Plain { interval, next } if view.elapsed >= *next => {
-                *next = view.elapsed + *interval;
-                self.print(&[text::status(view)]);
+            Shape::Plain { interval, next } if elapsed >= *next => {
+                *next = elapsed + *interval;
+                let views = self.look();
+                self.print(&self.statuses(&views));
             }
             _ => {}
         }
+    }
+}
+
+impl Shown {
+    fn look(&mut self, elapsed: Duration) -> View {
+        self.pace.look(elapsed, self.row.job.snapshot())
     }
 }
 
@@ -223,18 +289,46 @@ mod tests {
     const BOUND: Duration = Duration::from_secs(20);
 
     fn display(style: Style) -> (Display, BufReader<io::PipeReader>, mpsc::Receiver<()>) {
+        display_of(style, &[None])
+    }
+
+    fn display_of(style: Style, names: &[Option<&str>]) -> (Display, BufReader<io::PipeReader>, mpsc::Receiver<()>) {
         let (read, write) = io::pipe().unwrap();
         let (done, shown) = mpsc::channel();
-        let job = Arc::new(Job::new(None));
-        let display = Display::start(style, job, Box::new(write), move || done.send(()).unwrap()).unwrap();
+        let row = |name: &Option<&str>| Row { name: name.map(str::to_owned), job: Arc::new(Job::new(None)) };
+        let rows = names.iter().map(row).collect();
+        let display = Display::start(style, rows, Box::new(write), move || done.send(()).unwrap()).unwrap();
         (display, BufReader::new(read), shown)
+    }
+
+    #[test]
+    fn of_several_each_line_names_its_own_until_it_is_over() {
+        let (display, mut read, shown) = display_of(Style::None, &[Some("a"), Some("b\n")]);
+        display.show_status();
+        let mut text = String::new();
+        let mut two_lines = |text: &mut String| (0..2).for_each(|_| assert!(read.read_line(text).unwrap() > 0));
+        two_lines(&mut text);
+        assert_eq!(text, "drive-backup: a: preparing\ndrive-backup: b\\n: preparing\n");
+        text.clear();
+        display.about(Some("a".to_owned())).say("done");
+        display.finish(0);
+        display.say("all");
+        two_lines(&mut text);
+        assert_eq!(text, "drive-backup: a: done\ndrive-backup: all\n");
+        assert!(shown.try_recv().is_err(), "b is not over");
+        display.show_status();
+        display.finish(1);
+        shown.recv_timeout(BOUND).unwrap();
+        text.clear();
+        read.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "drive-backup: b\\n: preparing\n");
     }
 
     #[test]
     fn without_progress_only_what_was_said_is_shown() {
         let (display, mut read, shown) = display(Style::None);
         display.say("one\nline \u{1b}[31m");
-        display.finish();
+        display.finish(0);
         shown.recv_timeout(BOUND).unwrap();
         let mut text = String::new();
         read.read_to_string(&mut text).unwrap();
@@ -251,7 +345,7 @@ mod tests {
         line.clear();
         read.read_line(&mut line).unwrap();
         assert_eq!(line, "drive-backup: preparing\n");
-        display.finish();
+        display.finish(0);
     }
 
     #[test]
@@ -259,8 +353,8 @@ mod tests {
         let (display, read, shown) = display(Style::None);
         let long = "x".repeat(4000);
         (0..10 * MOST_WAITING).for_each(|_| display.say(&long));
-        assert!(display.0.waiting().lines.len() <= MOST_WAITING);
-        display.finish();
+        assert!(display.shared.waiting().lines.len() <= MOST_WAITING);
+        display.finish(0);
         assert!(shown.try_recv().is_err(), "the pipe is full");
         let lines: Vec<String> = read.lines().map(Result::unwrap).collect();
         assert!(lines.last().unwrap().ends_with("lines were lost: nobody read them"));
@@ -271,7 +365,7 @@ mod tests {
         let (display, read, shown) = display(Style::None);
         drop(read);
         display.say("anything");
-        display.finish();
+        display.finish(0);
         shown.recv_timeout(BOUND).unwrap();
     }
 }

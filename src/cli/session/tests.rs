@@ -3,7 +3,7 @@ use crate::ground::policy::Action;
 use crate::ground::range::ByteRange;
 use crate::ground::status::Phase;
 use crate::job::Gate;
-use crate::monitor::{self, Event, Started};
+use crate::monitor::{self, Event, Monitor, Started};
 use serde_json::Value;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::{self, PipeReader, Read};
@@ -17,7 +17,7 @@ const TOTAL: u64 = 4 << 20;
 fn options() -> Options {
     use clap::Parser;
     let flags = ["drive-backup", "--device", "d", "--target", "t"];
-    super::super::resolve::plan(super::super::args::Args::parse_from(flags)).unwrap().options
+    super::super::resolve::plan(super::super::args::Args::parse_from(flags)).unwrap().disks.remove(0)
 }
 
 fn view() -> View {
@@ -28,7 +28,7 @@ fn view() -> View {
 fn session(view: View) -> (Session, PipeReader, PipeReader) {
     let ((json, json_end), (people, people_end)) = (io::pipe().unwrap(), io::pipe().unwrap());
     let ends = Ends { json: Some(Box::new(json_end)), people: Box::new(people_end) };
-    (Session::start(view, None, "'t'".to_owned(), ends).unwrap(), json, people)
+    (Session::start(view, None, &[options()], ends).unwrap(), json, people)
 }
 
 /// Runs `engine` and reads everything.
@@ -37,8 +37,19 @@ where
     E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
 {
     let (session, json, people) = session(view);
-    let ending = session.run(options(), engine);
+    let ending = run_one(session, engine);
     (ending, records(json), text(people))
+}
+
+/// Runs `engine` as one that knows one disk.
+fn run_one<E>(session: Session, engine: E) -> Ending
+where
+    E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
+{
+    session.run(vec![options()], move |disks, ended| {
+        let Disk { options, job, monitor } = disks[0];
+        ended(0, engine(options, job, monitor));
+    })
 }
 
 /// Everything up to the end, within the bound.
@@ -226,7 +237,7 @@ fn a_panic_of_the_engine_is_an_ordinary_failure() {
 #[test]
 fn statuses_come_by_the_clock_and_with_every_pause() {
     let (session, json, _people) = session(view());
-    let job = Arc::clone(&session.job);
+    let job = Arc::clone(&session.disks[0].job);
     let (seen, done) = mpsc::channel();
     let read = thread::spawn(move || {
         let mut statuses = Vec::new();
@@ -245,7 +256,7 @@ fn statuses_come_by_the_clock_and_with_every_pause() {
         }
         statuses
     });
-    let ending = session.run(options(), move |_, job, monitor| {
+    let ending = run_one(session, move |_, job, monitor| {
         begin(job, monitor, TargetKind::File);
         job.count_data(TOTAL / 2);
         let tell = || monitor.event(Event::Fault { error: &no_space(), action: Action::Stop });
@@ -263,7 +274,7 @@ fn statuses_come_by_the_clock_and_with_every_pause() {
 fn a_cancelled_engine_undoes_its_work_and_the_signal_is_what_ended_it() {
     let (session, json, people) = session(view());
     let wake = session.wake.clone();
-    let ending = session.run(options(), move |_, job, monitor| {
+    let ending = run_one(session, move |_, job, monitor| {
         begin(job, monitor, TargetKind::File);
         wake.send(Wake::Signal(SIGTERM)).unwrap();
         job.pause();
@@ -284,7 +295,7 @@ fn a_cancelled_engine_undoes_its_work_and_the_signal_is_what_ended_it() {
 fn a_publish_that_was_faster_than_the_signal_is_a_success() {
     let (session, json, _people) = session(view());
     let wake = session.wake.clone();
-    let ending = session.run(options(), move |_, job, monitor| {
+    let ending = run_one(session, move |_, job, monitor| {
         copy(job, monitor);
         wake.send(Wake::Signal(SIGINT)).unwrap();
         Ok(summary(Vec::new()))
@@ -298,7 +309,7 @@ fn an_engine_that_hangs_is_abandoned_within_a_second() {
     let (session, json, people) = session(view());
     let (wake, (undone, was_undone)) = (session.wake.clone(), mpsc::channel());
     let (sent, at) = mpsc::channel();
-    let ending = session.run(options(), move |_, job, monitor| {
+    let ending = run_one(session, move |_, job, monitor| {
         begin(job, monitor, TargetKind::File);
         job.on_abandon(move || undone.send(()).unwrap());
         sent.send(Instant::now()).unwrap();
@@ -319,7 +330,7 @@ fn a_second_interrupt_does_not_wait_for_the_grace() {
     let (session, json, _people) = session(view());
     let wake = session.wake.clone();
     let (sent, at) = mpsc::channel();
-    let ending = session.run(options(), move |_, job, monitor| {
+    let ending = run_one(session, move |_, job, monitor| {
         begin(job, monitor, TargetKind::Device);
         sent.send(Instant::now()).unwrap();
         wake.send(Wake::Signal(SIGINT)).unwrap();
@@ -337,7 +348,7 @@ fn an_undoing_that_hangs_too_is_said_and_left() {
     let (session, json, _people) = session(view());
     let wake = session.wake.clone();
     let (sent, at) = mpsc::channel();
-    let ending = session.run(options(), move |_, job, monitor| {
+    let ending = run_one(session, move |_, job, monitor| {
         begin(job, monitor, TargetKind::File);
         job.on_abandon(|| hang());
         sent.send(Instant::now()).unwrap();
@@ -354,7 +365,7 @@ fn an_undoing_that_hangs_too_is_said_and_left() {
 fn readers_that_stopped_cost_two_seconds_and_no_more() {
     let (session, json, people) = session(view());
     let began = Instant::now();
-    let ending = session.run(options(), |_, job, monitor| {
+    let ending = run_one(session, |_, job, monitor| {
         begin(job, monitor, TargetKind::File);
         for _ in 0..2000 {
             monitor.event(Event::Fault { error: &no_space(), action: Action::Stop });
@@ -373,13 +384,13 @@ fn a_signal_ends_the_wait_for_readers_that_stopped_but_not_the_outcome() {
     let (session, json, people) = session(view());
     let wake = session.wake.clone();
     let began = Instant::now();
-    let ending = session.run(options(), move |_, job, monitor| {
+    let ending = run_one(session, move |_, job, monitor| {
         for _ in 0..2000 {
             monitor.event(Event::Fault { error: &no_space(), action: Action::Stop });
         }
         copy(job, monitor);
         // It is taken after the end, as one that comes while readers are waited for.
-        wake.send(Wake::Ended(Box::new(Ok(summary(Vec::new()))))).unwrap();
+        wake.send(Wake::Ended(0, Box::new(Ok(summary(Vec::new()))))).unwrap();
         wake.send(Wake::Signal(SIGTERM)).unwrap();
         hang()
     });
@@ -394,7 +405,7 @@ fn readers_that_are_gone_cost_nothing() {
     let (session, json, people) = session(view());
     drop((json, people));
     let began = Instant::now();
-    let ending = session.run(options(), |_, job, monitor| {
+    let ending = run_one(session, |_, job, monitor| {
         copy(job, monitor);
         monitor.event(Event::Fault { error: &no_space(), action: Action::Ignore });
         Ok(summary(Vec::new()))
@@ -404,11 +415,13 @@ fn readers_that_are_gone_cost_nothing() {
 }
 
 #[test]
-fn the_speed_limit_goes_off_and_on() {
-    let job = Job::new(Some(50 << 20));
-    assert!(toggle_speed(&job, Some(50 << 20)).contains("off"));
-    assert_eq!(job.speed(), None);
-    assert!(toggle_speed(&job, Some(50 << 20)).contains("50.0 MiB/s again"));
-    assert_eq!(job.speed(), Some(50 << 20));
-    assert!(toggle_speed(&Job::new(None), None).contains("no --speed"));
+fn the_speed_limit_goes_off_and_on_for_all() {
+    let jobs = [50, 50].map(|mib| Arc::new(Job::new(Some(mib << 20))));
+    assert!(toggle_speed(&jobs, Some(50 << 20)).contains("off"));
+    assert!(jobs.iter().all(|job| job.speed().is_none()));
+    assert!(toggle_speed(&jobs, Some(50 << 20)).contains("50.0 MiB/s again"));
+    assert!(jobs.iter().all(|job| job.speed() == Some(50 << 20)));
+    assert!(toggle_speed(&[Arc::new(Job::new(None))], None).contains("no --speed"));
 }
+
+mod several;
