@@ -154,10 +154,15 @@ impl Scene {
         writer
     }
 
-    /// Writes through `writer` as thread `me` until the scene ends.
-    fn write(&self, writer: &Writer, me: u64, mut random: Random) {
+    /// Writes through `writer` as thread `me` until the scene ends. One that is `late` lets the copy begin after some.
+    fn write(&self, writer: &Writer, me: u64, mut random: Random, mut late: Option<(&Ear, Resume<'_>)>) {
         let mut journal = Vec::new();
+        let mut left = 5 + random.below(40);
         while !self.stop.load(SeqCst) {
+            if late.as_ref().is_some_and(|(ear, _)| ear.started().is_some()) {
+                left -= 1;
+                late = late.filter(|_| left > 0);
+            }
             match self.proof {
                 Proof::Seen => self.write_anywhere(writer, &mut random),
                 Proof::Ordered => journal.extend(self.write_own_sector(writer, me, &mut random)),
@@ -252,23 +257,25 @@ fn run(seed: u64) {
     let early = if random.once_in(12) { 0 } else { 1 + random.below(2) };
     let late = early == 0 || random.once_in(4);
     let writers: Vec<Writer> = (0..early).map(|_| scene.open_writer()).collect();
-    let ear = Ear::default();
+    let job = Arc::new(Job::new(plan.rate));
+    // Nothing is copied before one who comes late has written.
+    let ear = Ear::pausing((late && !plan.stream).then(|| job.clone()));
     let mut copy = None;
-    let (mut asked, mut started) = (0, 0);
+    let (mut asked, mut ended) = (0, 0);
     std::thread::scope(|scope| {
         for me in 0..scene.threads {
             let random = Random::new(random.next());
             match writers.get((me % early.max(1)) as usize) {
-                Some(writer) if !(late && me == 0) => drop(scope.spawn(move || scene.write(writer, me, random))),
+                Some(writer) if !(late && me == 0) => drop(scope.spawn(move || scene.write(writer, me, random, None))),
                 // Its thread has one of its own, which comes when the copy is under way, or any time before.
                 _ => {
-                    let (ear, any_time) = (&ear, early > 0 && seed % 2 == 0);
+                    let (ear, job, any_time) = (&ear, &*job, early > 0 && seed % 2 == 0);
                     scope.spawn(move || {
-                        if !any_time && !wait_for_start(ear, scene) {
-                            return;
+                        let resume = Resume(job);
+                        if any_time || wait_for_start(ear, scene) {
+                            let writer = scene.open_writer();
+                            scene.write(&writer, me, random, Some((ear, resume)));
                         }
-                        let writer = scene.open_writer();
-                        scene.write(&writer, me, random);
                     });
                 }
             }
@@ -277,7 +284,7 @@ fn run(seed: u64) {
         let enough = if early > 0 && (scene.threads > 1 || !late) { random.below(60) } else { 0 };
         wait_for_writes(scene, enough);
         asked = scene.tick();
-        copy = back_up(&plan, scene, &ear, &mut started);
+        copy = back_up(&plan, scene, &job, &ear, &mut ended);
         drop(stop);
     });
     drop(writers);
@@ -287,7 +294,16 @@ fn run(seed: u64) {
             let seen = scene.seen.lock().unwrap().take();
             kit::same("the copy", &copy, &seen.unwrap_or(before));
         }
-        Proof::Ordered => prove_order(scene, &copy, asked, started),
+        Proof::Ordered => prove_order(scene, &copy, asked, ended),
+    }
+}
+
+/// Lets the copy go on when it is dropped.
+struct Resume<'a>(&'a Job);
+
+impl Drop for Resume<'_> {
+    fn drop(&mut self) {
+        self.0.resume();
     }
 }
 
@@ -318,15 +334,14 @@ fn wait_for_start(ear: &Ear, scene: &Scene) -> bool {
     true
 }
 
-/// The copy; `None` where the overlay was too small and the backup said so. `started`: copying had begun before.
-fn back_up(plan: &Plan, scene: &Scene, ear: &Ear, started: &mut u64) -> Option<Vec<u8>> {
+/// The copy; `None` where the overlay was too small and the backup said so. `at`: when it had ended, by the clock.
+fn back_up(plan: &Plan, scene: &Scene, job: &Arc<Job>, ear: &Ear, at: &mut u64) -> Option<Vec<u8>> {
     if plan.stream {
         return stream(plan, scene);
     }
-    let job = Arc::new(Job::new(plan.rate));
     let target = scene.path("copy");
-    let ended = backup::run(&plan.options, &job, ear);
-    *started = scene.tick();
+    let ended = backup::run(&plan.options, job, ear);
+    *at = scene.tick();
     match ended {
         Ok(summary) => {
             assert!(summary.is_whole() && summary.consistent && summary.total == scene.length, "{summary:?}");

@@ -4,11 +4,12 @@ use drive_backup::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoi
 use drive_backup::ground::policy::OnError;
 use drive_backup::image::format::Format;
 use drive_backup::image::open::{SourceOptions, open_source};
+use drive_backup::job::Job;
 use drive_backup::monitor::{Event, Monitor, Started};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 /// No wait lasts so long unless something hangs, on whatever machine.
@@ -161,6 +162,7 @@ pub fn contents(number: u64, offset: u64, length: u64) -> Vec<u8> {
 /// Hears the start of a copy.
 #[derive(Default)]
 pub struct Ear {
+    pause: Option<Arc<Job>>,
     started: Mutex<Option<Started>>,
     heard: Condvar,
 }
@@ -168,6 +170,9 @@ pub struct Ear {
 impl Monitor for Ear {
     fn event(&self, event: Event<'_>) {
         if let Event::Started(started) = event {
+            if let Some(job) = &self.pause {
+                job.pause();
+            }
             *self.started.lock().unwrap() = Some(started.clone());
             self.heard.notify_all();
         }
@@ -175,6 +180,11 @@ impl Monitor for Ear {
 }
 
 impl Ear {
+    /// And lets `job` stand still before anything is copied.
+    pub fn pausing(job: Option<Arc<Job>>) -> Self {
+        Self { pause: job, ..Self::default() }
+    }
+
     pub fn started(&self) -> Option<Started> {
         self.started.lock().unwrap().clone()
     }
