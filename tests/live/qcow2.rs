@@ -136,21 +136,17 @@ fn read(image: &ExistingQcow2) -> Vec<u8> {
     bytes
 }
 
-fn run(seed: u64, images: &[PathBuf]) {
-    let mut random = Random::new(seed);
-    let folder = kit::memory_folder();
-    let path = |name: &str| folder.path().join(name);
-    let kind = random.below(KINDS.len() as u64) as usize;
-    std::fs::copy(&images[kind], path("disk")).unwrap();
-    let image = open(&path("disk"));
+/// A guest of the image "disk", its writer, and what it saw at the freeze.
+fn set_up(folder: &Path, cluster: u64) -> (Guest, Writer, Arc<Mutex<Option<Vec<u8>>>>) {
+    let image = open(&folder.join("disk"));
     let guest = Guest {
         model: Arc::new(Mutex::new(read(&image))),
         image,
-        cluster: KINDS[kind].0,
+        cluster,
         stop: AtomicBool::new(false),
         written: AtomicU64::new(0),
     };
-    let writer = Writer::open_in(path("disk"), path("meet")).unwrap();
+    let writer = Writer::open_in(folder.join("disk"), folder.join("meet")).unwrap();
     let seen = Arc::new(Mutex::new(None));
     let (image, model, at_freeze) = (guest.image.clone(), guest.model.clone(), seen.clone());
     writer.on_freeze(move || {
@@ -158,6 +154,16 @@ fn run(seed: u64, images: &[PathBuf]) {
         *at_freeze.lock().unwrap() = Some(model.lock().unwrap().clone());
         Ok(())
     });
+    (guest, writer, seen)
+}
+
+fn run(seed: u64, images: &[PathBuf]) {
+    let mut random = Random::new(seed);
+    let folder = kit::memory_folder();
+    let path = |name: &str| folder.path().join(name);
+    let kind = random.below(KINDS.len() as u64) as usize;
+    std::fs::copy(&images[kind], path("disk")).unwrap();
+    let (guest, writer, seen) = set_up(folder.path(), KINDS[kind].0);
     let mut options = kit::options(&path("disk"), &path("copy"), &path("meet"));
     options.source_format = Some(Format::Qcow2);
     options.format = Some(random.pick(&[Format::Raw, Format::Raw, Format::Qcow2]));
@@ -194,4 +200,37 @@ fn a_copy_of_an_image_is_what_its_guest_saw_at_the_instant() {
     let folder = kit::memory_folder();
     let images: Vec<_> = (0..KINDS.len()).map(|at| create(folder.path(), at)).collect();
     kit::each_seed(60, 1, |seed| run(seed, &images));
+}
+
+#[test]
+fn a_compressed_cluster_that_is_partly_overwritten_is_saved_whole() {
+    let folder = kit::memory_folder();
+    let path = |name: &str| folder.path().join(name);
+    let (cluster, length, _) = KINDS[4];
+    std::fs::rename(create(folder.path(), 4), path("disk")).unwrap();
+    let (guest, writer, seen) = set_up(folder.path(), cluster);
+    let mut options = kit::options(&path("disk"), &path("copy"), &path("meet"));
+    options.source_format = Some(Format::Qcow2);
+    let job = Arc::new(Job::new(None));
+    let ear = Ear::pausing(Some(job.clone()));
+    std::thread::scope(|scope| {
+        let backup = scope.spawn(|| backup::run(&options, &job, &ear).map(drop));
+        ear.wait_for_start();
+        let write = |offset: u64, length: u64| {
+            let _bracket = writer.begin(offset, length).unwrap();
+            guest.image.write_at(&contents(1, offset, length), offset).unwrap();
+        };
+        // Each moves, and frees its old place.
+        let fifth = length / 5 / cluster;
+        (fifth..2 * fifth).for_each(|n| write(n * cluster + 5000, 100));
+        guest.image.flush().unwrap();
+        // Which is used again.
+        (3 * fifth + 1..length / cluster).for_each(|n| write(n * cluster, cluster));
+        guest.image.flush().unwrap();
+        job.resume();
+        backup.join().unwrap().unwrap();
+    });
+    let seen = seen.lock().unwrap().take().expect("it was frozen");
+    kit::same("the copy", &kit::disk_of(&path("copy"), Format::Raw, length), &seen);
+    qemu_img("check -q -f qcow2", &[&path("disk")]);
 }
