@@ -67,7 +67,10 @@ impl Raw {
 
     /// Takes an empty file that nobody else has, such as a temporary one, and makes it `length` zero bytes long.
     pub fn fresh(file: File, length: u64) -> io::Result<Self> {
-        file.set_len(0)?;
+        // ext4 writes a file that was once truncated to nothing out when it is closed, and makes the closer wait.
+        if file.metadata()?.len() > 0 {
+            file.set_len(0)?;
+        }
         file.set_len(length)?;
         Ok(Self { is_fresh: true, ..Self::of(file)? })
     }

@@ -269,7 +269,7 @@ fn run(seed: u64) {
                 Some(writer) if !(late && me == 0) => drop(scope.spawn(move || scene.write(writer, me, random, None))),
                 // Its thread has one of its own, which comes when the copy is under way, or any time before.
                 _ => {
-                    let (ear, job, any_time) = (&ear, &*job, early > 0 && seed % 2 == 0);
+                    let (ear, job, any_time) = (&ear, &*job, early > 0 && seed.is_multiple_of(2));
                     scope.spawn(move || {
                         let resume = Resume(job);
                         if any_time || wait_for_start(ear, scene) {

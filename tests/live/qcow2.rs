@@ -189,7 +189,7 @@ fn run(seed: u64, images: &[PathBuf]) {
     kit::same("the copy", &kit::disk_of(&path("copy"), options.format.unwrap(), length), &seen);
     let model = guest.model.lock().unwrap();
     kit::same("the source", &read(&guest.image), &model);
-    if seed % 16 == 0 {
+    if seed.is_multiple_of(16) {
         guest.image.flush().unwrap();
         qemu_img("check -q -f qcow2", &[&path("disk")]);
     }
