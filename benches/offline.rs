@@ -4,7 +4,7 @@
 //! cargo bench --bench offline -- [--mib N] [--runs N] [--folder DIR] [--only WORD]
 //! ```
 //!
-//! Whole processes, in alternation, page cache warm, no fsync (the peers do none): the median of each tool, and the
+//! Whole processes, in alternation, page cache warm, a sync between them, no fsync in them (the peers do none): the median of each tool, and the
 //! ratio to the quickest peer. What our fsync adds is measured apart. Sources are made afresh, the same ones each time.
 
 use drive_backup::image::Image;
@@ -147,6 +147,8 @@ fn exists(program: &str) -> bool {
 /// Seconds of one run, from start to exit.
 fn seconds(command: &str, target: &Path) -> f64 {
     let _ = fs::remove_file(target);
+    // What the tool before has left to be written must not slow this one.
+    rustix::fs::sync();
     let mut words = command.split_whitespace();
     let mut command = Command::new(words.next().unwrap());
     command.args(words).stdout(Stdio::null()).stderr(Stdio::piped());

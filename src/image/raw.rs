@@ -67,11 +67,14 @@ impl Raw {
 
     /// Takes an empty file that nobody else has, such as a temporary one, and makes it `length` zero bytes long.
     pub fn fresh(file: File, length: u64) -> io::Result<Self> {
-        // ext4 writes a file that was once truncated to nothing out when it is closed, and makes the closer wait.
+        // Not without need: ext4 writes a file that was ever truncated to nothing out when it is closed, and the closer
+        // waits for the disk.
         if file.metadata()?.len() > 0 {
             file.set_len(0)?;
         }
-        file.set_len(length)?;
+        if length > 0 {
+            file.set_len(length)?;
+        }
         Ok(Self { is_fresh: true, ..Self::of(file)? })
     }
 
