@@ -13,7 +13,7 @@ use drive_backup::ring::server::{OnCbwError, Options, Trap, Writers};
 use drive_backup::ring::socket::{self, Received};
 use drive_backup::snapshot::tracker::FreeMap;
 use drive_backup::writer::Writer;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -160,8 +160,13 @@ impl Player {
         }
     }
 
+    /// After STOP, all its threads stand still when this returns.
     fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).unwrap();
+        if signal == Signal::STOP {
+            waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+        }
     }
 
     fn go(&mut self) {
