@@ -24,6 +24,9 @@ const CHUNKS_PER_SECOND: u64 = 16;
 /// The least that the policy `ignore` gives up around a bad sector.
 const SALVAGE: u64 = 4 << 10;
 
+/// How much copying threads stand back behind a writer that shares the processors with them.
+const NICE: i32 = 15;
+
 /// What is copied, and to where.
 #[derive(Clone, Copy)]
 pub struct Ends<'a> {
@@ -42,6 +45,8 @@ pub struct Rules {
     pub granule: u64,
     /// Blocks of zero bytes of this size become holes; `None`: every byte is written.
     pub hole: Option<u64>,
+    /// Copying threads leave the processors to whoever else wants them: writers, and those who capture for them.
+    pub yields: bool,
     /// When a read fails.
     pub on_source_error: OnError,
     /// When a write fails.
@@ -105,6 +110,10 @@ impl<'a> Copier<'a> {
     }
 
     fn work(&self) -> Result<()> {
+        if self.rules.yields {
+            // Without the right to it the copy is only less polite.
+            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE);
+        }
         let result = self.work_until_done();
         if result.is_err() {
             self.tracker.stop();

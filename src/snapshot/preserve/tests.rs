@@ -326,7 +326,7 @@ fn copier_takes_the_instant_of_a_sparse_disk_that_is_written() {
         let ends = Ends { source: &*bench.disk, overlay: Some(&bench.overlay), target: &bench.target };
         let (on_source_error, on_target_error) = (OnError::Report, OnError::Report);
         let hole = random.one_in(2).then_some(CLUSTER);
-        let rules = Rules { granule: plan.granule, hole, on_source_error, on_target_error };
+        let rules = Rules { granule: plan.granule, hole, yields: false, on_source_error, on_target_error };
         let copier = Copier::new(&job, &Silent, &bench.tracker, ends, rules);
         let copied = AtomicBool::new(false);
         thread::scope(|scope| {
