@@ -10,7 +10,7 @@ use crate::image::lock::{self, ImageLock, Protection, Terms};
 use crate::image::open::open_backing;
 use crate::image::probe::{self, probe};
 use crate::image::qcow2::{CreateOptions, ExistingQcow2, NewQcow2};
-use crate::image::raw::Raw;
+use crate::image::raw::{Raw, WRITEBACK_STEP};
 use crate::image::stream::Stream;
 use crate::image::target::{InPlace, open_in_place, refuse_other_size};
 use crate::job::Job;
@@ -19,9 +19,6 @@ use crate::publish::Publish;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// Bytes between two starts of write-back: short enough that the last flush has little left.
-const WRITEBACK_STEP: u64 = 16 << 20;
 
 /// An opened target. Nothing that was there before is touched until something is written.
 pub struct Destination {

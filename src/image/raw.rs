@@ -16,7 +16,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::Relaxed};
 
 /// Bytes written between two starts of write-back that keep the last flush short.
-pub const WRITEBACK_STEP: u64 = 32 << 20;
+pub const WRITEBACK_STEP: u64 = 16 << 20;
 
 /// See the module.
 #[derive(Debug)]
