@@ -6,7 +6,8 @@
 //!
 //! The writer writes 4 KiB at queue depth 1, through the library here and over NBD to qemu-storage-daemon there: first
 //! each write to a new 64 KiB cluster beside a target that takes 20 MiB/s (a throttled FUSE export), then at random
-//! beside a fast one. Each row has its own "without a backup" before it, in the same process, page cache warm.
+//! beside a fast one. Each row has its own "without a backup" before it, in the same process, page cache warm. Last,
+//! whole copies beside a writer that is attached and idle, and without one.
 
 use drive_backup::writer::Writer;
 use std::fs::{self, File, OpenOptions};
@@ -23,6 +24,10 @@ const BLOCK: usize = 4096;
 /// Each write to a new one.
 const STRIDE: u64 = 64 << 10;
 const BOUND: Duration = Duration::from_secs(60);
+/// Of one row of QEMU's.
+const QEMU_BOUND: Duration = Duration::from_secs(8);
+/// Copies of each kind where whole copies are compared.
+const ROUNDS: usize = 9;
 
 /// What writes 4 KiB, and waits until it is written.
 trait Disk {
@@ -140,9 +145,18 @@ impl Daemon {
     }
 
     fn run(&mut self, command: &str) {
-        writeln!(self.stream, "{command}").unwrap();
-        let answer = self.answer();
+        let answer = self.ask(command);
         assert!(answer.contains("\"return\""), "{command}: {answer}");
+    }
+
+    fn ask(&mut self, command: &str) -> String {
+        writeln!(self.stream, "{command}").unwrap();
+        self.answer()
+    }
+
+    /// No job is left.
+    fn has_ended(&mut self) -> bool {
+        self.ask(r#"{"execute":"query-jobs"}"#).contains("[]")
     }
 
     /// The next line that is no event.
@@ -242,7 +256,7 @@ impl Bench {
 
     fn ours(&self, source: &Path, target: &Path, more: &[&str]) -> Owned {
         let child = Command::new(OURS)
-            .args(["--json", "--no-fsync", "--snapshot", "overlay", "--overlay", "memory", "--writer", "required"])
+            .args(["--json", "--no-fsync", "--snapshot", "overlay", "--overlay", "memory"])
             .arg("--writer-dir")
             .arg(self.path("writers"))
             .arg("--device")
@@ -295,10 +309,12 @@ impl Bench {
 
         // A program that has something else to do between its writes, as often as one comes over NBD.
         let mut disk = Paced(disk);
-        let before = latencies(&mut disk, random(self.bytes), Duration::from_secs(2));
-        print("writer's library, random, paced, no backup", before);
-        let backup = self.ours(&source, &self.path("fast.raw"), &[]);
-        print("… backup to a fast target", self.until_done(backup, &mut disk));
+        for _ in 0..3 {
+            let before = latencies(&mut disk, random(self.bytes), Duration::from_secs(2));
+            print("writer's library, random, paced, no backup", before);
+            let backup = self.ours(&source, &self.path("fast.raw"), &[]);
+            print("… backup to a fast target", self.until_done(backup, &mut disk));
+        }
     }
 
     fn until_done(&self, mut backup: Owned, disk: &mut dyn Disk) -> Vec<f64> {
@@ -310,7 +326,32 @@ impl Bench {
         times
     }
 
-    /// `graph` starts what is measured, once the export of node `top` is there.
+    /// Whole copies beside a writer that is attached and writes nothing, and without one, in alternation.
+    fn measure_idle(&self) {
+        let source = self.disk("ours.raw");
+        let mut seconds = [Vec::new(), Vec::new()];
+        for round in 0..2 * ROUNDS {
+            let attached = round % 2;
+            let writer = (attached == 1).then(|| self.writer(&source));
+            let begin = Instant::now();
+            let more = ["--writer", if attached == 1 { "required" } else { "none" }];
+            let ended = self.ours(&source, &self.path("fast.raw"), &more).0.wait().unwrap();
+            assert!(ended.success());
+            seconds[attached].push(begin.elapsed().as_secs_f64());
+            drop(writer);
+        }
+        let [alone, beside] = seconds.map(|mut times| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        });
+        println!(
+            "\nA copy beside an idle writer: {beside:.3} s, without one {alone:.3} s, ratio {:.2}",
+            beside / alone
+        );
+    }
+
+    /// `graph` starts what is measured, once the export of node `top` is there. What is measured ends with its job, if
+    /// it has one, or with what `graph` returns.
     fn measure_qemu(
         &self,
         what: &str,
@@ -329,9 +370,21 @@ impl Bench {
             &format!("qemu over NBD, {what}: no backup"),
             latencies(&mut disk, strides(self.bytes, 0), Duration::from_secs(2)),
         );
-        let helper = graph(&mut daemon, self);
-        print("… during", latencies(&mut disk, offsets, Duration::from_secs(8)));
-        drop(helper);
+        let mut reader = graph(&mut daemon, self);
+        let begin = Instant::now();
+        let mut times = Vec::new();
+        while begin.elapsed() < QEMU_BOUND {
+            let some = latencies(&mut disk, offsets.take(32), QEMU_BOUND);
+            let is_over = match &mut reader {
+                Some(reader) => reader.0.try_wait().unwrap().is_some(),
+                None => daemon.has_ended(),
+            };
+            if some.is_empty() || is_over {
+                break;
+            }
+            times.extend(some);
+        }
+        print("… during", times);
     }
 
     fn target(&self, daemon: &mut Daemon) {
@@ -402,5 +455,6 @@ fn main() {
     bench.measure_qemu("fleecing to a fast target, random", &mut random(bytes), |daemon, bench| {
         Some(bench.fleece(daemon, "100G"))
     });
+    bench.measure_idle();
     fs::remove_dir_all(&bench.folder).unwrap();
 }

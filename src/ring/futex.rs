@@ -7,7 +7,9 @@ use std::hint;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
-/// Looks at the word between two looks at the clock.
+/// Looks at the word between two looks at the clock, after each of which the processor is offered to others: whoever is
+/// waited for may be queued for this one. A server that kept it for its whole time awake held up the writers that it had
+/// just answered, by 0.2 ms where two processors were shared with a copy.
 const TURNS: u32 = 16;
 
 /// The patience of one wait.
@@ -62,11 +64,15 @@ impl Patience for Waker {
 impl Patience for Futex {
     fn spin(&mut self) -> bool {
         self.turns += 1;
-        if self.turns.is_multiple_of(TURNS) && Instant::now() >= self.awake_until {
+        if !self.turns.is_multiple_of(TURNS) {
+            hint::spin_loop();
+            return true;
+        }
+        if Instant::now() >= self.awake_until {
             self.turns = TURNS - 1;
             return false;
         }
-        hint::spin_loop();
+        rustix::thread::sched_yield();
         true
     }
 
