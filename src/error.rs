@@ -34,6 +34,8 @@ pub enum Side {
     Target,
     /// Where overwritten clusters are saved.
     Overlay,
+    /// What is served.
+    Disk,
 }
 
 impl fmt::Display for Side {
@@ -42,6 +44,7 @@ impl fmt::Display for Side {
             Self::Source => "source",
             Self::Target => "target",
             Self::Overlay => "overlay",
+            Self::Disk => "disk",
         })
     }
 }
@@ -96,7 +99,7 @@ impl Error {
 
     fn at(place: Place, what: String, source: io::Error) -> Self {
         let kind = match place.side {
-            Side::Source => Kind::Source,
+            Side::Source | Side::Disk => Kind::Source,
             Side::Target => Kind::Target,
             Side::Overlay => Kind::InstantLost,
         };

@@ -14,7 +14,8 @@
 //! | 3 | [`image`], `snapshot::overlay` | I/O |
 //! | 4 | [`copier`] | the worker loop |
 //! | 5 | [`backup`], [`publish`] | wires everything, joins everything |
-//! | 6 | `cli` | flags, terminal, exit codes |
+//! | 6 | [`serve`] | disks behind NBD, vhost-user and FUSE |
+//! | 7 | `cli` | flags, terminal, exit codes |
 
 #[cfg(feature = "engine")]
 pub mod backup;
@@ -31,6 +32,8 @@ pub mod monitor;
 #[cfg(feature = "engine")]
 pub mod publish;
 pub mod ring;
+#[cfg(feature = "serve")]
+pub mod serve;
 pub mod snapshot;
 mod sync;
 #[cfg(not(any(loom, shuttle)))]

@@ -27,8 +27,9 @@ const FLOORS: &[(&str, u8)] = &[
     ("copier", 4),
     ("publish", 4),
     ("backup", 5),
-    ("cli", 6),
-    ("main", 7),
+    ("serve", 6),
+    ("cli", 7),
+    ("main", 8),
 ];
 
 /// Files where `unsafe` may stand, each block with its reason.

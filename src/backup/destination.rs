@@ -99,7 +99,7 @@ impl Destination {
             (Format::Raw, _) => raw.clone(),
             (Format::Qcow2, Mode::Existing) => {
                 let backing = open_backing(path).map_err(|error| error.with_kind(Kind::Target))?;
-                Arc::new(ExistingQcow2::open(path, raw.clone(), backing)?)
+                Arc::new(ExistingQcow2::open(path, raw.clone(), backing.map(|backing| backing.image))?)
             }
             (Format::Qcow2, Mode::AbsolutePaths) => Arc::new(new_qcow2(raw.clone(), options, origin)?),
         };

@@ -107,7 +107,7 @@ impl Watch {
         match side {
             Side::Source => Some(&started.device),
             Side::Target => Some(started.target.as_deref().unwrap_or(Path::new(STDOUT))),
-            Side::Overlay => None,
+            Side::Overlay | Side::Disk => None,
         }
     }
 

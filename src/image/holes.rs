@@ -28,6 +28,12 @@ impl Holes {
             || try_once(&self.no_zero_range, || rustix::fs::fallocate(file, zero, range.offset, range.length))?)
     }
 
+    /// Makes `range` of a file, which is not made longer, read as zeroes with its space allocated. False when it takes bytes.
+    pub fn zero_allocated(&self, file: &File, range: ByteRange) -> io::Result<bool> {
+        let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        try_once(&self.no_zero_range, || rustix::fs::fallocate(file, zero, range.offset, range.length))
+    }
+
     /// Gives up the contents of `range`; whole sectors on a device. Nothing happens where that is not supported.
     pub fn discard(&self, file: &File, medium: Medium, range: ByteRange) -> io::Result<()> {
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;

@@ -42,12 +42,12 @@ pub fn is_overlapping(one: &Path, other: &Path) -> bool {
 }
 
 /// Refuses a target that is mounted or swapped to, it or a partition of it or anything that lies above it. A target
-/// that does not exist yet is neither. [`Kind::Busy`].
-pub fn refuse_in_use(target: &Path) -> Result<()> {
-    let failed = |e| Error::file(Side::Target, "find who uses", target, e);
-    let Some(storage) = existing(target, Side::Target)? else { return Ok(()) };
+/// that does not exist yet is neither. [`Kind::Busy`]. `side` is for the message.
+pub fn refuse_in_use(target: &Path, side: Side) -> Result<()> {
+    let failed = |e| Error::file(side, "find who uses", target, e);
+    let Some(storage) = existing(target, side)? else { return Ok(()) };
     match storage.uses().map_err(failed)?.first() {
-        Some(found) => Err(Error::new(Kind::Busy, format!("target '{}' {found}", target.display()))),
+        Some(found) => Err(Error::new(Kind::Busy, format!("{side} '{}' {found}", target.display()))),
         None => Ok(()),
     }
 }

@@ -85,15 +85,30 @@ pub fn open_source(path: &Path, options: &SourceOptions) -> Result<Source> {
     Ok(Source { virtual_size: image.length(), image, format, files, warnings })
 }
 
-/// The disk behind the qcow2 image at `path`, without what the image itself holds; `None` without a backing file. For an
-/// image that is written in place: its own file is not kept open here. Blocks; errors as of [`open_source`].
-pub fn open_backing(path: &Path) -> Result<Option<Arc<dyn Image>>> {
+/// What is behind a qcow2 image that is written in place.
+pub struct Backing {
+    /// As its guest sees it, without what the image itself holds.
+    pub image: Arc<dyn Image>,
+    /// Every file that it is made of, without the image itself.
+    pub files: Vec<SourceFile>,
+    /// What its user should know: full lines.
+    pub warnings: Vec<String>,
+}
+
+/// The disk behind the qcow2 image at `path`, without what the image itself holds; `None` without a backing file. The
+/// image's own file is not kept open here. Blocks; errors as of [`open_source`].
+pub fn open_backing(path: &Path) -> Result<Option<Backing>> {
     let options = &SourceOptions { format: Some(Format::Qcow2), backing: true, direct: false };
     let mut opening = Opening { options, files: Vec::new(), warnings: Vec::new(), cache: Cache::default(), l1_size: 0 };
     let first = opening.file(path, Role::Image)?;
     let mut layers = opening.chain(path, first)?;
     layers.remove(0);
-    Ok(if layers.is_empty() { None } else { Some(Arc::new(Chain::new(layers))) })
+    if layers.is_empty() {
+        return Ok(None);
+    }
+    let Opening { mut files, warnings, .. } = opening;
+    files.remove(0);
+    Ok(Some(Backing { image: Arc::new(Chain::new(layers)), files, warnings }))
 }
 
 struct Opening<'a> {

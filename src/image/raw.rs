@@ -28,12 +28,21 @@ pub struct Raw {
     is_fresh: bool,
     holes: Holes,
     writeback: Option<Writeback>,
-    flushes: bool,
+    flush: Flush,
     /// The errno of the first failed flush or write-back; 0 while all went well.
     lost: AtomicI32,
     no_seek_data: AtomicBool,
     /// The data extent that was found last: a long one is not searched for its end again at every request.
     last_data: Mutex<ByteRange>,
+}
+
+/// What [`Image::flush`] does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flush {
+    Nothing,
+    /// Bytes, and what finds them.
+    Data,
+    All,
 }
 
 #[derive(Debug)]
@@ -87,7 +96,7 @@ impl Raw {
             is_fresh: false,
             holes: Holes::default(),
             writeback: None,
-            flushes: true,
+            flush: Flush::All,
             lost: AtomicI32::new(0),
             no_seek_data: AtomicBool::new(false),
             last_data: Mutex::default(),
@@ -106,7 +115,23 @@ impl Raw {
 
     /// Leaves writing out to the kernel: [`Image::flush`] does nothing, and promises nothing.
     pub fn without_flush(self) -> Self {
-        Self { flushes: false, ..self }
+        Self { flush: Flush::Nothing, ..self }
+    }
+
+    /// Leaves times out of [`Image::flush`]: bytes are as durable, and a file that is flushed often costs its file system
+    /// less.
+    pub fn with_data_flush(self) -> Self {
+        Self { flush: Flush::Data, ..self }
+    }
+
+    /// Makes `range` read as zeroes and keeps its space: no hole. Blocks.
+    pub fn write_zeroes_allocated(&self, range: ByteRange) -> io::Result<()> {
+        self.forget_data();
+        let whole = self.whole_sectors(range);
+        if self.medium != Medium::File || whole.is_empty() || !self.holes.zero_allocated(&self.file, whole)? {
+            return self.write_zero_bytes(range);
+        }
+        self.wrote(range)
     }
 
     /// The file or device itself.
@@ -343,10 +368,12 @@ impl Image for Raw {
         if errno != 0 {
             return Err(io::Error::from_raw_os_error(errno));
         }
-        if !self.flushes {
-            return Ok(());
-        }
-        self.file.sync_all().map_err(|e| self.lose(e))
+        let flushed = match self.flush {
+            Flush::Nothing => Ok(()),
+            Flush::Data => self.file.sync_data(),
+            Flush::All => self.file.sync_all(),
+        };
+        flushed.map_err(|e| self.lose(e))
     }
 
     fn properties(&self) -> Properties {

@@ -24,23 +24,28 @@ pub struct InPlace {
 /// [`Kind::Busy`] when it is mounted, swapped to, claimed, or locked by anybody, a reader too. Whether it is the
 /// source is [`identity::refuse_same`]'s to say.
 pub fn open_in_place(path: &Path) -> Result<InPlace> {
-    identity::refuse_in_use(path)?;
-    let (file, _) = medium::open(path, Access::Write, Side::Target)?;
-    let protection = lock::acquire(&file, path, Side::Target, Terms::Write)?;
-    refuse_published(&file, path)?;
-    let image = Raw::of(file).map_err(|e| Error::file(Side::Target, "open", path, e))?;
+    open_alone(path, Side::Target)
+}
+
+/// [`open_in_place`] for whatever is written where it is; `side` says what it is called, and of which kind its errors are.
+pub fn open_alone(path: &Path, side: Side) -> Result<InPlace> {
+    identity::refuse_in_use(path, side)?;
+    let (file, _) = medium::open(path, Access::Write, side)?;
+    let protection = lock::acquire(&file, path, side, Terms::Write)?;
+    refuse_published(&file, path, side)?;
+    let image = Raw::of(file).map_err(|e| Error::file(side, "open", path, e))?;
     Ok(InPlace { image, protection })
 }
 
 /// A backup that is about to publish under this name has marked the old file: what is written to that would be lost.
-fn refuse_published(file: &File, path: &Path) -> Result<()> {
+fn refuse_published(file: &File, path: &Path, side: Side) -> Result<()> {
     match lock::mark(file, Mark::Exclusive) {
         Ok(true) => Ok(()),
         Ok(false) => {
-            Err(Error::new(Kind::Busy, format!("another backup is about to replace target '{}'", path.display())))
+            Err(Error::new(Kind::Busy, format!("another backup is about to replace {side} '{}'", path.display())))
         }
         Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
-        Err(e) => Err(Error::file(Side::Target, "lock", path, e)),
+        Err(e) => Err(Error::file(side, "lock", path, e)),
     }
 }
 

@@ -47,7 +47,7 @@ fn a_target_that_does_not_exist_is_no_source() {
     let folder = tempfile::tempdir().unwrap();
     sparse_file(&folder.path().join("disk"), 4096);
     refuse_same(&folder.path().join("new"), &[&folder.path().join("disk")]).unwrap();
-    refuse_in_use(&folder.path().join("new")).unwrap();
+    refuse_in_use(&folder.path().join("new"), Side::Target).unwrap();
 }
 
 #[test]
@@ -125,7 +125,7 @@ fn a_mounted_partition_makes_its_disk_busy_and_not_its_neighbour() {
     run("mkfs.ext4", &["-q", text(&part(&device, 1))]);
     let mount = Mount::of(&part(&device, 1));
     for target in [&part(&device, 1), device.path(), &folder.path().join("partitioned")] {
-        let error = refuse_in_use(target).unwrap_err();
+        let error = refuse_in_use(target, Side::Target).unwrap_err();
         assert_eq!(error.kind(), Kind::Busy);
         assert_eq!(
             error.to_string(),
@@ -133,10 +133,10 @@ fn a_mounted_partition_makes_its_disk_busy_and_not_its_neighbour() {
         );
         assert_eq!(mounted_writable(target).unwrap().as_deref(), Some(mount.path()));
     }
-    refuse_in_use(&part(&device, 2)).unwrap();
+    refuse_in_use(&part(&device, 2), Side::Target).unwrap();
     run("mount", &["-o", "remount,ro", text(mount.path())]);
     assert_eq!(mounted_writable(device.path()).unwrap(), None);
-    assert!(refuse_in_use(device.path()).is_err());
+    assert!(refuse_in_use(device.path(), Side::Target).is_err());
 }
 
 #[test]
@@ -152,9 +152,9 @@ fn swap_space_is_in_use() {
     sparse_file(&folder.path().join("swap"), 1 << 20);
     let device = LoopDevice::over(&folder.path().join("swap"), &[]);
     run("mkswap", &["-q", text(device.path())]);
-    refuse_in_use(device.path()).unwrap();
+    refuse_in_use(device.path(), Side::Target).unwrap();
     run("swapon", &[text(device.path())]);
-    let error = refuse_in_use(device.path()).map_err(|e| e.to_string());
+    let error = refuse_in_use(device.path(), Side::Target).map_err(|e| e.to_string());
     run("swapoff", &[text(device.path())]);
     let shown = device.path().display();
     assert_eq!(error.unwrap_err(), format!("target '{shown}' is used as swap space '{shown}'"));

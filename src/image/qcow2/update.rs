@@ -59,10 +59,14 @@ impl ExistingQcow2 {
     /// are no reason to refuse: their autoclear bit is cleared before the first change, which makes them invalid, as
     /// they know nothing of it.
     pub fn open(path: &Path, file: Arc<dyn Image>, backing: Option<Arc<dyn Image>>) -> Result<Self> {
-        let wrong = |e: io::Error| Error::file(Side::Target, "open", path, e);
-        let header = Qcow2::header_of(&*file).map_err(wrong)?;
-        refuse_unwritable(&header, backing.is_some()).map_err(wrong)?;
-        let state = Metadata::load(file.clone(), &header).map_err(wrong)?;
+        Self::load(file, backing).map_err(|e| Error::file(Side::Target, "open", path, e))
+    }
+
+    /// [`ExistingQcow2::open`] with errors that do not name the image.
+    pub fn load(file: Arc<dyn Image>, backing: Option<Arc<dyn Image>>) -> io::Result<Self> {
+        let header = Qcow2::header_of(&*file)?;
+        refuse_unwritable(&header, backing.is_some())?;
+        let state = Metadata::load(file.clone(), &header)?;
         Ok(Self {
             file,
             backing,

@@ -1,0 +1,351 @@
+//! A disk as a front-end sees it. Every change is bracketed, so that a backup may be taken at any time.
+//!
+//! # The format
+//!
+//! It is decided once, when the disk is opened: by the flag, else by the first bytes. A guest may write what it likes, the first
+//! bytes of another format too; at the next start, or in a backup of the image, such bytes would be taken for a header, whose
+//! backing file may be any file of this host. So where the format was found to be raw by looking, a write that would make the
+//! disk look like another format fails with EPERM. With `--format raw` there is nothing to be mistaken: all may be written.
+
+use crate::error::{Error, Kind, Result, Side};
+use crate::ground::range::{ByteRange, Extent};
+use crate::image::format::Format;
+use crate::image::identity;
+use crate::image::lock::{self, ImageLock, Protection, Terms};
+use crate::image::medium::Medium;
+use crate::image::open::{SourceFile, SourceOptions, open_backing, open_source};
+use crate::image::probe::{self, Probe, probe};
+use crate::image::qcow2::ExistingQcow2;
+use crate::image::raw::Raw;
+use crate::image::target::{InPlace, open_alone};
+use crate::image::{Image, Properties};
+use crate::ring::folder;
+use crate::writer::{Write, Writer};
+use rustix::io::Errno;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Bytes: what most file systems and guests like.
+const PREFERRED: u32 = 4096;
+/// Bytes of one request.
+const MAXIMUM: u32 = 32 << 20;
+/// Bytes of zeroes that are written at once where there is no other way.
+const ZEROES: u64 = 1 << 20;
+
+/// How to open a disk for serving.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// What clients call it; may be empty.
+    pub name: String,
+    /// A raw file, a block device, or a qcow2 image.
+    pub path: PathBuf,
+    /// `None`: its first bytes tell. An image given as raw is raw, whatever it holds.
+    pub format: Option<Format>,
+    /// Nobody writes it: every change is refused, and others may read it too.
+    pub read_only: bool,
+    /// Where backups find this writer; `None`: [`folder::default_path`].
+    pub writer_dir: Option<PathBuf>,
+}
+
+/// Sizes of requests in bytes, as NBD announces them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Offsets and lengths are multiples of it.
+    pub minimum: u32,
+    /// Requests that are whole multiples of it cost no more than they move.
+    pub preferred: u32,
+    /// No request moves more.
+    pub maximum: u32,
+}
+
+/// See the module. Requests may come from many threads at once; two that overlap in time and place may take effect in any order.
+///
+/// Every error is an errno for the client: EINVAL and ENOSPC past the end, EPERM for a change of a read-only disk, what the
+/// system says else; and what a backup with `--on-cbw-error break-guest-write` answers to a write that it can't save.
+pub struct Disk {
+    name: String,
+    path: PathBuf,
+    format: Format,
+    length: u64,
+    read_only: bool,
+    /// Dropped first: a backup that freezes us needs the image.
+    writer: Option<Writer>,
+    image: Arc<dyn Image>,
+    /// The image itself, where its bytes are the disk's.
+    raw: Option<Arc<Raw>>,
+    /// What the first sector looked like, where that decided the format.
+    guess: Option<Mutex<Probe>>,
+    warnings: Vec<String>,
+    _locks: Vec<ImageLock>,
+}
+
+impl Disk {
+    /// Opens and locks a disk, and lets backups of it attach. Blocks; if a backup of it begins right now, some seconds.
+    ///
+    /// [`Kind::Busy`] when the disk is locked, mounted or claimed by somebody else; [`Kind::Source`] when it can't be opened or
+    /// understood, or has features that are not written; [`Kind::Other`] when backups could not find it.
+    pub fn open(options: &DiskOptions) -> Result<Self> {
+        if options.read_only { Self::open_read_only(options) } else { Self::open_writable(options) }
+    }
+
+    fn open_writable(options: &DiskOptions) -> Result<Self> {
+        let path = &options.path;
+        let InPlace { image, protection } = open_alone(path, Side::Disk)?;
+        let raw = Arc::new(image.with_data_flush());
+        let mut locks = Locks::default();
+        locks.keep(protection);
+        let (format, guess) = match options.format {
+            Some(format) => (format, None),
+            None => locks.look(&raw, path)?,
+        };
+        let image: Arc<dyn Image> = match format {
+            Format::Raw => raw.clone(),
+            Format::Qcow2 => open_qcow2(&raw, path, &mut locks)?,
+        };
+        let writer_dir = options.writer_dir.clone().unwrap_or_else(folder::default_path);
+        let writer = Writer::open_in(path, writer_dir)?;
+        if format == Format::Qcow2 {
+            // The backup reads the tables in the file. Raw bytes are there as soon as a write has returned.
+            let image = image.clone();
+            writer.on_freeze(move || image.flush());
+        }
+        let raw = (format == Format::Raw).then_some(raw);
+        Ok(Self { writer: Some(writer), raw, guess, ..Self::of(options, format, image, locks) })
+    }
+
+    fn open_read_only(options: &DiskOptions) -> Result<Self> {
+        let path = &options.path;
+        let failed = |e| Error::file(Side::Disk, "open", path, e);
+        if let Some(at) = identity::mounted_writable(path).map_err(failed)? {
+            let what = format!("disk '{}' is mounted at '{}'", path.display(), at.display());
+            return Err(Error::new(Kind::Busy, what));
+        }
+        let how = SourceOptions { format: options.format, backing: true, direct: false };
+        let source = open_source(path, &how)?;
+        let mut locks = Locks { warnings: source.warnings, locks: Vec::new() };
+        locks.read(&source.files)?;
+        Ok(Self::of(options, source.format, source.image, locks))
+    }
+
+    fn of(options: &DiskOptions, format: Format, image: Arc<dyn Image>, locks: Locks) -> Self {
+        Self {
+            name: options.name.clone(),
+            path: options.path.clone(),
+            format,
+            length: image.length(),
+            read_only: options.read_only,
+            writer: None,
+            image,
+            raw: None,
+            guess: None,
+            warnings: locks.warnings,
+            _locks: locks.locks,
+        }
+    }
+
+    /// An image that is open already: not locked, and no backup can attach.
+    pub fn over(options: &DiskOptions, image: Arc<dyn Image>) -> Self {
+        Self::of(options, options.format.unwrap_or(Format::Raw), image, Locks::default())
+    }
+
+    /// What clients call it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// As it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Of the image.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Bytes of the disk; does not change.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Every change is refused.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// What its user should know: full lines.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Limits of requests.
+    pub fn sizes(&self) -> Sizes {
+        let sector = match self.raw.as_ref().map(|raw| raw.medium()) {
+            Some(Medium::Device { sector }) => u32::try_from(sector).unwrap_or(PREFERRED),
+            _ => 1,
+        };
+        Sizes { minimum: 1, preferred: sector.max(PREFERRED), maximum: MAXIMUM }
+    }
+
+    /// What the image says of itself.
+    pub fn properties(&self) -> Properties {
+        self.image.properties()
+    }
+
+    /// The first extent of `range`, data or zeroes: starts at its offset, ends at its end at the latest. A `range` that is empty
+    /// or past the end is EINVAL. May read tables.
+    pub fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
+        self.check(range, Errno::INVAL)?;
+        if range.is_empty() {
+            return Err(Errno::INVAL.into());
+        }
+        self.image.block_status(range)
+    }
+
+    /// Fills `buf` from byte `offset`. Blocks. Never short.
+    pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.checked(offset, buf.len(), Errno::INVAL)?;
+        if buf.is_empty() { Ok(()) } else { self.image.read_at(buf, offset) }
+    }
+
+    /// Writes all of `buf` at byte `offset`. Blocks; not durable before [`Disk::flush`].
+    pub fn write(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let range = self.checked(offset, buf.len(), Errno::NOSPC)?;
+        let Some(_bracket) = self.change(range)? else { return Ok(()) };
+        let _turn = self.refuse_header(buf, offset)?;
+        self.image.write_at(buf, offset)
+    }
+
+    /// Makes `range` read as zeroes. Without `may_unmap` its space stays, or becomes, allocated. Blocks.
+    pub fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> io::Result<()> {
+        self.check(range, Errno::NOSPC)?;
+        let Some(_bracket) = self.change(range)? else { return Ok(()) };
+        match &self.raw {
+            _ if may_unmap => self.image.write_zeroes(range),
+            Some(raw) => raw.write_zeroes_allocated(range),
+            None => self.write_zero_bytes(range),
+        }
+    }
+
+    /// `range` is no longer needed; what it reads as afterwards is undefined. Blocks.
+    pub fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.check(range, Errno::INVAL)?;
+        let Some(_bracket) = self.change(range)? else { return Ok(()) };
+        self.image.discard(range)
+    }
+
+    /// Every write that has returned is on stable storage afterwards. Blocks. A failure is final: the next one fails, too.
+    pub fn flush(&self) -> io::Result<()> {
+        if self.read_only { Ok(()) } else { self.image.flush() }
+    }
+
+    fn checked(&self, offset: u64, length: usize, past_end: Errno) -> io::Result<ByteRange> {
+        let range = ByteRange::checked(offset, length as u64).ok_or(past_end)?;
+        self.check(range, past_end)?;
+        Ok(range)
+    }
+
+    fn check(&self, range: ByteRange, past_end: Errno) -> io::Result<()> {
+        if range.end() <= self.length { Ok(()) } else { Err(past_end.into()) }
+    }
+
+    /// The bracket of a change; `None` when there is nothing to change.
+    fn change(&self, range: ByteRange) -> io::Result<Option<Bracket<'_>>> {
+        if self.read_only {
+            return Err(Errno::PERM.into());
+        }
+        if range.is_empty() {
+            return Ok(None);
+        }
+        self.writer.as_ref().map(|writer| writer.begin(range.offset, range.length)).transpose().map(Some)
+    }
+
+    /// See the module. Writes of the first sector take turns until the guard is dropped: two halves of a header must not pass.
+    fn refuse_header(&self, buf: &[u8], offset: u64) -> io::Result<Option<MutexGuard<'_, Probe>>> {
+        let Some(guess) = self.guess.as_ref().filter(|_| offset < probe::LENGTH as u64) else { return Ok(None) };
+        let turn = guess.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut start = vec![0; self.length.min(probe::LENGTH as u64) as usize];
+        self.image.read_at(&mut start, 0)?;
+        let (at, end) = (offset as usize, start.len().min(offset as usize + buf.len()));
+        start[at..end].copy_from_slice(&buf[..end - at]);
+        let looks = probe(&start);
+        match looks.format == Format::Raw && looks.foreign.is_none() || looks == *turn {
+            true => Ok(Some(turn)),
+            false => Err(Errno::PERM.into()),
+        }
+    }
+
+    fn write_zero_bytes(&self, range: ByteRange) -> io::Result<()> {
+        let zeroes = vec![0; range.length.min(ZEROES) as usize];
+        let mut rest = range;
+        while !rest.is_empty() {
+            let piece = rest.prefix(ZEROES);
+            self.image.write_at(&zeroes[..piece.length as usize], piece.offset)?;
+            rest = ByteRange::between(piece.end(), rest.end());
+        }
+        Ok(())
+    }
+}
+
+/// Of a change; `None` where no backup can attach.
+type Bracket<'a> = Option<Write<'a>>;
+
+/// What keeps others out, and what could not.
+#[derive(Default)]
+struct Locks {
+    locks: Vec<ImageLock>,
+    warnings: Vec<String>,
+}
+
+impl Locks {
+    fn keep(&mut self, protection: Protection) {
+        match protection {
+            Protection::Locked(lock) => self.locks.push(lock),
+            Protection::Unsupported(warning) => self.warnings.push(warning),
+        }
+    }
+
+    /// Nobody may write these.
+    fn read(&mut self, files: &[SourceFile]) -> Result<()> {
+        for SourceFile { path, raw, .. } in files {
+            self.keep(lock::acquire(raw.as_file(), path, Side::Disk, Terms::Read)?);
+        }
+        Ok(())
+    }
+
+    /// What the first bytes say.
+    fn look(&mut self, raw: &Raw, path: &Path) -> Result<(Format, Option<Mutex<Probe>>)> {
+        let path_name = path.display();
+        if raw.length() == 0 {
+            let what = format!("disk '{path_name}' is empty; if a disk of no bytes is meant, say raw");
+            return Err(Error::new(Kind::Source, what));
+        }
+        let mut start = vec![0; raw.length().min(probe::LENGTH as u64) as usize];
+        raw.read_at(&mut start, 0).map_err(|e| Error::file(Side::Disk, "read", path, e))?;
+        let found = probe(&start);
+        if let Some(name) = found.foreign {
+            self.warnings
+                .push(format!("'{path_name}' looks like {name}, which is not supported: served as it is, as raw"));
+        }
+        Ok((found.format, (found.format == Format::Raw).then(|| Mutex::new(found))))
+    }
+}
+
+/// The image in `raw`, to be written in place, with its backing chain, which nobody may write.
+fn open_qcow2(raw: &Arc<Raw>, path: &Path, locks: &mut Locks) -> Result<Arc<dyn Image>> {
+    let backing = open_backing(path)?;
+    let behind = match backing {
+        None => None,
+        Some(backing) => {
+            locks.read(&backing.files)?;
+            locks.warnings.extend(backing.warnings);
+            Some(backing.image)
+        }
+    };
+    let opened = ExistingQcow2::load(raw.clone(), behind);
+    Ok(Arc::new(opened.map_err(|e| Error::file(Side::Disk, "open", path, e))?))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,177 @@
+use super::*;
+use crate::ground::range::Allocation;
+use crate::image::fixture::{LoopDevice, Mount, run, sparse_file, text};
+use std::os::unix::fs::MetadataExt;
+use tempfile::TempDir;
+
+fn options(folder: &TempDir, path: &Path) -> DiskOptions {
+    DiskOptions {
+        name: String::new(),
+        path: path.to_owned(),
+        format: None,
+        read_only: false,
+        writer_dir: Some(folder.path().join("writers")),
+    }
+}
+
+fn errno(result: io::Result<()>) -> Option<i32> {
+    result.err().and_then(|error| error.raw_os_error())
+}
+
+fn code(errno: Errno) -> Option<i32> {
+    Some(errno.raw_os_error())
+}
+
+/// A raw file of 1 MiB and 100 bytes, and an empty qcow2 of 1 MiB over a raw backing file of a's.
+fn images(folder: &TempDir) -> [PathBuf; 2] {
+    let [raw, qcow2, base] = ["disk.raw", "disk.qcow2", "base.raw"].map(|name| folder.path().join(name));
+    sparse_file(&raw, (1 << 20) + 100);
+    std::fs::write(&base, vec![b'a'; 1 << 20]).unwrap();
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", text(&base), text(&qcow2)]);
+    [raw, qcow2]
+}
+
+#[test]
+fn what_is_written_is_read_back_and_is_in_the_image_after_a_flush() {
+    let folder = tempfile::tempdir().unwrap();
+    for path in images(&folder) {
+        let disk = Disk::open(&options(&folder, &path)).unwrap();
+        disk.write(b"some bytes", 70_001).unwrap();
+        disk.write_zeroes(ByteRange::new(131_072, 65_536), true).unwrap();
+        disk.discard(ByteRange::new(196_608, 65_536)).unwrap();
+        disk.flush().unwrap();
+        let mut bytes = [0; 10];
+        disk.read(&mut bytes, 70_001).unwrap();
+        assert_eq!(&bytes, b"some bytes");
+        drop(disk);
+        let copy = folder.path().join("copy");
+        run("qemu-img", &["convert", "-O", "raw", text(&path), text(&copy)]);
+        let copy = std::fs::read(&copy).unwrap();
+        assert_eq!(&copy[70_001..70_011], b"some bytes");
+        assert!(copy[131_072..196_608].iter().all(|byte| *byte == 0));
+        if path.extension().unwrap() == "qcow2" {
+            assert_eq!((copy[70_000], copy[131_071]), (b'a', b'a'));
+            run("qemu-img", &["check", "-q", text(&path)]);
+        }
+    }
+}
+
+#[test]
+fn requests_past_the_end_are_refused_and_the_image_does_not_grow() {
+    let folder = tempfile::tempdir().unwrap();
+    for path in images(&folder) {
+        let disk = Disk::open(&options(&folder, &path)).unwrap();
+        let end = disk.length();
+        for offset in [end - 3, end, end + 1, u64::MAX - 1, u64::MAX] {
+            assert_eq!(errno(disk.write(b"four", offset)), code(Errno::NOSPC));
+            assert_eq!(errno(disk.read(&mut [0; 4], offset)), code(Errno::INVAL));
+            if let Some(range) = ByteRange::checked(offset, 4) {
+                assert_eq!(errno(disk.write_zeroes(range, true)), code(Errno::NOSPC));
+                assert_eq!(errno(disk.discard(range)), code(Errno::INVAL));
+                assert_eq!(errno(disk.block_status(range).map(drop)), code(Errno::INVAL));
+            }
+        }
+        disk.write(b"four", end - 4).unwrap();
+        disk.write(b"", end).unwrap();
+        assert_eq!(errno(disk.block_status(ByteRange::new(0, 0)).map(drop)), code(Errno::INVAL));
+    }
+    assert_eq!(folder.path().join("disk.raw").metadata().unwrap().len(), (1 << 20) + 100);
+}
+
+#[test]
+fn a_read_only_disk_refuses_every_change_and_lets_others_read() {
+    let folder = tempfile::tempdir().unwrap();
+    for path in images(&folder) {
+        let read_only = DiskOptions { read_only: true, ..options(&folder, &path) };
+        let disk = Disk::open(&read_only).unwrap();
+        let range = ByteRange::new(0, 4);
+        assert_eq!(errno(disk.write(b"four", 0)), code(Errno::PERM));
+        assert_eq!(errno(disk.write_zeroes(range, true)), code(Errno::PERM));
+        assert_eq!(errno(disk.discard(range)), code(Errno::PERM));
+        disk.flush().unwrap();
+        disk.read(&mut [0; 4], 0).unwrap();
+        let other = Disk::open(&read_only).unwrap();
+        assert_eq!(Disk::open(&options(&folder, &path)).err().unwrap().kind(), Kind::Busy);
+        drop((disk, other));
+        let disk = Disk::open(&options(&folder, &path)).unwrap();
+        assert_eq!(Disk::open(&read_only).err().unwrap().kind(), Kind::Busy);
+        drop(disk);
+    }
+}
+
+#[test]
+fn a_disk_is_served_once_and_its_backing_file_is_nobodys_to_write() {
+    let folder = tempfile::tempdir().unwrap();
+    for path in images(&folder) {
+        let _disk = Disk::open(&options(&folder, &path)).unwrap();
+        let error = Disk::open(&options(&folder, &path)).err().unwrap();
+        assert_eq!(error.kind(), Kind::Busy);
+        let expected = format!("disk '{}' is in use by another program", path.display());
+        assert!(error.to_string().starts_with(&expected), "{error}");
+        if path.extension().unwrap() == "qcow2" {
+            let base = options(&folder, &folder.path().join("base.raw"));
+            assert_eq!(Disk::open(&base).err().unwrap().kind(), Kind::Busy);
+            Disk::open(&DiskOptions { read_only: true, ..base }).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_device_is_served_unless_somebody_else_holds_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let [raw, _] = images(&folder);
+    let device = LoopDevice::over(&raw, &[]);
+    let disk = Disk::open(&options(&folder, device.path())).unwrap();
+    assert_eq!(disk.length(), 1 << 20);
+    disk.write(b"bytes", 1000).unwrap();
+    disk.write_zeroes(ByteRange::new(4096, 8192), false).unwrap();
+    disk.flush().unwrap();
+    assert_eq!(Disk::open(&options(&folder, device.path())).err().unwrap().kind(), Kind::Busy);
+    drop(disk);
+    let mount = Mount::fresh("ext4");
+    let device = run("findmnt", &["-n", "-o", "SOURCE", text(mount.path())]);
+    for read_only in [false, true] {
+        let error = Disk::open(&DiskOptions { read_only, ..options(&folder, Path::new(&device)) }).err().unwrap();
+        let expected = format!("disk '{device}' is mounted at '{}'", mount.path().display());
+        assert_eq!((error.kind(), error.to_string()), (Kind::Busy, expected));
+    }
+}
+
+#[test]
+fn a_guest_cannot_make_its_raw_disk_another_format_unless_raw_was_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let [raw, _] = images(&folder);
+    let disk = Disk::open(&options(&folder, &raw)).unwrap();
+    assert_eq!(disk.format(), Format::Raw);
+    assert_eq!(errno(disk.write(b"QFI\xfb\0\0\0\x03", 0)), code(Errno::PERM));
+    // Half by half, and by one write that reaches in.
+    disk.write(b"QF", 0).unwrap();
+    assert_eq!(errno(disk.write(b"I\xfb", 2)), code(Errno::PERM));
+    disk.write(b"I", 2).unwrap();
+    assert_eq!(errno(disk.write(&[0xfb; 4096], 3)), code(Errno::PERM));
+    disk.write(b"anything else", 0).unwrap();
+    disk.write(b"QFI\xfb", 512).unwrap();
+    drop(disk);
+    let disk = Disk::open(&DiskOptions { format: Some(Format::Raw), ..options(&folder, &raw) }).unwrap();
+    disk.write(b"QFI\xfb", 0).unwrap();
+}
+
+#[test]
+fn zeroes_without_holes_keep_their_space() {
+    let folder = tempfile::tempdir().unwrap();
+    let [raw, _] = images(&folder);
+    let disk = Disk::open(&options(&folder, &raw)).unwrap();
+    disk.write(&[1; 65536], 0).unwrap();
+    disk.flush().unwrap();
+    let blocks = || raw.metadata().unwrap().blocks();
+    let before = blocks();
+    disk.write_zeroes(ByteRange::new(0, 65536), false).unwrap();
+    assert!(blocks() >= before, "{} of {before}", blocks());
+    disk.write_zeroes(ByteRange::new(0, 65536), true).unwrap();
+    disk.flush().unwrap();
+    assert!(blocks() < before);
+    assert_eq!(disk.block_status(ByteRange::new(0, 65536)).unwrap().allocation, Allocation::Zero);
+    let mut bytes = [1; 65536];
+    disk.read(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [0; 65536]);
+}

@@ -1,0 +1,132 @@
+//! Unix sockets that a server listens on: what a dead server left is replaced, a live one's is not.
+
+use crate::error::{Error, Kind, Result};
+use crate::image::medium::Identity;
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// A listening socket with its name, which is removed when this is dropped.
+#[derive(Debug)]
+pub struct Bound {
+    listener: UnixListener,
+    path: PathBuf,
+    identity: Identity,
+}
+
+impl Bound {
+    /// Listens at `path`. [`Kind::Busy`] when a server that lives listens there; [`Kind::Usage`] when there is something that is
+    /// no socket, or the path can't be one.
+    pub fn at(path: &Path) -> Result<Self> {
+        let failed = |e: io::Error| match e.kind() {
+            io::ErrorKind::InvalidInput | io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                Error::system(Kind::Usage, format!("listen at '{}'", path.display()), e)
+            }
+            _ => Error::system(Kind::Other, format!("listen at '{}'", path.display()), e),
+        };
+        // Of two servers that find a dead one's socket only one may remove it.
+        let _turn = lock_folder(path).map_err(failed)?;
+        remove_stale(path, failed)?;
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        let identity = std::fs::symlink_metadata(path).map(|found| Identity::of(&found)).map_err(failed)?;
+        Ok(Self { listener, path: path.to_owned(), identity })
+    }
+
+    /// The socket; a clone of it for whoever wants to own one.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// Its name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        let is_ours = |found: std::fs::Metadata| Identity::of(&found) == self.identity;
+        if std::fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
+            // At worst it stays, and the next server replaces it.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Held until it is closed.
+fn lock_folder(path: &Path) -> io::Result<std::os::fd::OwnedFd> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = rustix::fs::open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    match rustix::fs::flock(&folder, FlockOperation::LockExclusive) {
+        // A file system without locks: then it is as good as can be.
+        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOLCK | rustix::io::Errno::NOSYS) => Ok(folder),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn remove_stale(path: &Path, failed: impl Fn(io::Error) -> Error) -> Result<()> {
+    let found = match std::fs::symlink_metadata(path) {
+        Ok(found) => found,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed(e)),
+    };
+    if !found.file_type().is_socket() {
+        return Err(Error::new(Kind::Usage, format!("listen at '{}': it exists, and is no socket", path.display())));
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed),
+        // It listens, or its queue is full.
+        Ok(_) => Err(Error::new(Kind::Busy, format!("another server listens at '{}'", path.display()))),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+            Err(Error::new(Kind::Busy, format!("another server listens at '{}'", path.display())))
+        }
+        Err(e) => Err(failed(e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dead_servers_socket_is_replaced_and_a_live_ones_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        // Closed without being removed, as by a kill.
+        drop(UnixListener::bind(&path).unwrap());
+        let bound = Bound::at(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
+        let error = Bound::at(&path).unwrap_err();
+        let expected = format!("another server listens at '{}'", path.display());
+        assert_eq!((error.kind(), error.to_string()), (Kind::Busy, expected));
+        drop(bound);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_is_no_socket_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, "precious").unwrap();
+        let error = Bound::at(&path).unwrap_err();
+        let expected = format!("listen at '{}': it exists, and is no socket", path.display());
+        assert_eq!((error.kind(), error.to_string()), (Kind::Usage, expected));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        for wrong in [folder.path().join("none/socket"), folder.path().join("x".repeat(120))] {
+            assert_eq!(Bound::at(&wrong).unwrap_err().kind(), Kind::Usage);
+        }
+    }
+
+    #[test]
+    fn a_name_that_another_server_took_over_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let first = Bound::at(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let _second = Bound::at(&path).unwrap();
+        drop(first);
+        UnixStream::connect(&path).unwrap();
+    }
+}
