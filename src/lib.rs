@@ -29,6 +29,8 @@ pub mod ground;
 pub mod image;
 pub mod job;
 pub mod monitor;
+#[cfg(feature = "nbd")]
+pub mod nbd;
 #[cfg(feature = "engine")]
 pub mod publish;
 pub mod ring;

@@ -21,6 +21,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("snapshot", 3),
     ("snapshot::preserve", 4),
     ("image", 3),
+    ("nbd", 3),
     ("ring", 3),
     ("ring::server", 4),
     ("writer", 4),
