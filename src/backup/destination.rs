@@ -38,7 +38,7 @@ impl Destination {
     pub fn open(options: &Options, origin: &Origin) -> Result<Self> {
         let path = match &options.target {
             Target::Stdout => return Self::stream(origin.length()),
-            Target::Path(path) => path,
+            Target::At(location) => location.name(),
         };
         origin.refuse_as_target(path)?;
         let is_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());

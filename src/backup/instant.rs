@@ -112,7 +112,7 @@ impl Moment {
         if disk.options.snapshot != SnapshotChoice::Overlay && moment.clone_from(disk)? {
             moment.how = Instant::Reflink;
         } else if disk.options.snapshot == SnapshotChoice::Reflink {
-            let path = disk.options.device.display();
+            let path = &disk.options.device;
             return Err(Error::new(
                 Kind::Source,
                 format!("source '{path}' can't be cloned here, and --snapshot=reflink asks for it"),
@@ -325,11 +325,11 @@ impl Gathered {
         let folder: PathBuf = options.writer_dir.clone().unwrap_or_else(folder::default_path);
         let file = disk.origin.files()[0].raw.as_file();
         let attached = Disk::open(file)
-            .map_err(|e| Error::file(Side::Source, "stat", &options.device, e))
+            .map_err(|e| Error::file(Side::Source, "stat", options.device.name(), e))
             .and_then(|disk| Writers::attach(disk, &folder, terms));
         match attached {
             Ok(writers) if options.writer == WriterChoice::Required && writers.attached() == 0 => {
-                let what = format!("no cooperating writer of '{}' is running", options.device.display());
+                let what = format!("no cooperating writer of '{}' is running", &options.device);
                 Err(Error::new(Kind::Source, what))
             }
             Ok(writers) => Ok(Self { writers: Some(writers), ..gathered }),

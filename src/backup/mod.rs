@@ -138,7 +138,7 @@ fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary>
 
 fn started(options: &Options, origin: &Origin, destination: &Destination, moment: &Moment) -> Started {
     Started {
-        device: options.device.clone(),
+        device: options.device.name().to_owned(),
         source_format: origin.format().name(),
         virtual_size: origin.length(),
         target: destination.path().map(ToOwned::to_owned),

@@ -2,6 +2,7 @@
 
 use crate::ground::policy::OnError;
 use crate::image::format::Format;
+use crate::image::location::Location;
 use crate::image::qcow2::CompressOptions;
 use crate::ring::server::OnCbwError;
 use std::path::PathBuf;
@@ -19,8 +20,8 @@ pub enum Mode {
 /// Where the copy goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// A file or a block device.
-    Path(PathBuf),
+    /// A file, a block device, or elsewhere.
+    At(Location),
     /// A raw stream to standard output.
     Stdout,
 }
@@ -60,7 +61,7 @@ pub enum OverlayPlace {
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The disk image or block device to copy.
-    pub device: PathBuf,
+    pub device: Location,
     /// `None`: by its content.
     pub source_format: Option<Format>,
     /// Follow the source's backing chain; otherwise a chain is refused.

@@ -23,14 +23,14 @@ impl Origin {
 
     fn source(options: &Options) -> Result<Source> {
         let how = SourceOptions { format: options.source_format, backing: options.backing, direct: options.direct };
-        open_source(&options.device, &how)
+        open_source(options.device.name(), &how)
     }
 
     /// The disk's contents, from tables that are read again.
     pub fn reopen(&self, options: &Options) -> Result<Arc<dyn Image>> {
         let again = Self::source(options)?;
         if again.format != self.format() || again.image.length() != self.length() {
-            let what = format!("source '{}' was replaced while it was opened", options.device.display());
+            let what = format!("source '{}' was replaced while it was opened", options.device);
             return Err(Error::new(Kind::Source, what));
         }
         Ok(again.image)

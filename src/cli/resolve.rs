@@ -7,6 +7,7 @@ use crate::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoice, Tar
 use crate::error::{Error, Kind, Result};
 use crate::ground::policy::OnError;
 use crate::image::format::Format;
+use crate::image::location::Location;
 use crate::image::qcow2::CompressOptions;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -69,7 +70,8 @@ pub fn plan(args: Args) -> Result<Plan> {
         quiet: args.quiet,
         verbose: args.verbose,
     };
-    let disks = args.device.iter().zip(&args.target).map(|(device, target)| options(&args, device, target)).collect();
+    let ends = args.device.iter().zip(&args.target);
+    let disks = ends.map(|(device, target)| options(&args, device, target)).collect::<Result<_>>()?;
     Ok(Plan { speed: args.speed.0, view, disks })
 }
 
@@ -78,15 +80,15 @@ pub fn is_dash(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
-fn options(args: &Args, device: &Path, target: &Path) -> Options {
+fn options(args: &Args, device: &Path, target: &Path) -> Result<Options> {
     let to_stdout = is_dash(target);
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    Options {
-        device: device.to_owned(),
+    Ok(Options {
+        device: Location::parse(device)?,
         source_format: args.source_format.map(Format::from),
         backing: !args.no_backing,
         format: if to_stdout { Some(Format::Raw) } else { args.format.map(Format::from) },
-        target: if to_stdout { Target::Stdout } else { Target::Path(target.to_owned()) },
+        target: if to_stdout { Target::Stdout } else { Target::At(Location::parse(target)?) },
         mode: match args.mode {
             NewImageMode::AbsolutePaths => Mode::AbsolutePaths,
             NewImageMode::Existing => Mode::Existing,
@@ -119,7 +121,7 @@ fn options(args: &Args, device: &Path, target: &Path) -> Options {
         },
         on_source_error: args.on_source_error.into(),
         on_target_error: args.on_target_error.into(),
-    }
+    })
 }
 
 /// The overlay may grow large and hot: /tmp is often memory, so without TMPDIR it is /var/tmp.
@@ -184,7 +186,7 @@ fn raw_by_request(args: &Args) -> bool {
 /// The target as messages name it.
 pub fn target_name(target: &Target) -> String {
     match target {
-        Target::Path(path) => format!("'{}'", path.display()),
+        Target::At(location) => format!("'{location}'"),
         Target::Stdout => "the copy on standard output".to_owned(),
     }
 }
@@ -238,7 +240,7 @@ mod tests {
     fn several_disks_are_paired_in_order_and_share_the_other_flags() {
         let plan = resolve("--device a --device b --target x --direct --target y.raw --format qcow2").unwrap();
         let ends: Vec<_> = plan.disks.iter().map(|disk| (disk.device.clone(), disk.target.clone())).collect();
-        let pair = |device: &str, target: &str| (PathBuf::from(device), Target::Path(target.into()));
+        let pair = |device: &str, target: &str| (Location::from(device), Target::At(target.into()));
         assert_eq!(ends, [pair("a", "x"), pair("b", "y.raw")]);
         assert!(plan.disks.iter().all(|disk| disk.direct && disk.format == Some(Format::Qcow2)));
     }

@@ -101,7 +101,7 @@ impl Session {
         };
         let places = 0..disks.len().max(1);
         let jobs: Vec<Arc<Job>> = places.map(|_| Arc::new(Job::new(speed))).collect();
-        let name = |place: usize| (jobs.len() > 1).then(|| disks[place].device.display().to_string());
+        let name = |place: usize| (jobs.len() > 1).then(|| disks[place].device.to_string());
         let row = |(place, job): (usize, &Arc<Job>)| Row { name: name(place), job: Arc::clone(job) };
         let rows = jobs.iter().enumerate().map(row).collect();
         let display = Display::start(view.style, rows, ends.people, served()).context("start the progress thread")?;

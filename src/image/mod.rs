@@ -8,6 +8,7 @@ pub(crate) mod fixture;
 pub mod format;
 mod holes;
 pub mod identity;
+pub mod location;
 pub mod lock;
 pub mod medium;
 pub mod null;

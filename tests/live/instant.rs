@@ -362,7 +362,7 @@ fn stream(plan: &Plan, scene: &Scene) -> Option<Vec<u8>> {
     let options = &plan.options;
     let mut command = Command::new(env!("CARGO_BIN_EXE_drive-backup"));
     command.args(["--target", "-", "--source-format", "raw", "--overlay", "memory", "--freeze-timeout", "60"]);
-    command.arg("--device").arg(&options.device).arg("--writer-dir").arg(scene.path("meet"));
+    command.arg("--device").arg(options.device.name()).arg("--writer-dir").arg(scene.path("meet"));
     command.args(["--workers", &options.workers.to_string(), "--cbw-timeout", "60", "--no-fsync"]);
     if let Some(rate) = plan.rate {
         command.args(["--speed", &rate.to_string()]);
@@ -442,7 +442,7 @@ fn a_backup_may_require_the_writer_that_is_there() {
     let _writer = scene.open_writer();
     let mut options = kit::options(&scene.path("disk"), &scene.path("copy"), &scene.path("meet"));
     options.writer = WriterChoice::Required;
-    assert_eq!(options.target, Target::Path(scene.path("copy")));
+    assert_eq!(options.target, Target::At(scene.path("copy").into()));
     let ear = Ear::default();
     backup::run(&options, &Arc::new(Job::new(None)), &ear).unwrap();
     assert_eq!(ear.wait_for_start().writers, 1);

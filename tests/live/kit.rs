@@ -92,10 +92,10 @@ pub fn memory_folder() -> tempfile::TempDir {
 /// A live backup with bounds that no loaded machine passes.
 pub fn options(device: &Path, target: &Path, folder: &Path) -> Options {
     Options {
-        device: device.to_owned(),
+        device: device.into(),
         source_format: Some(Format::Raw),
         backing: true,
-        target: Target::Path(target.to_owned()),
+        target: Target::At(target.into()),
         format: Some(Format::Raw),
         mode: Mode::AbsolutePaths,
         cluster_size: None,

@@ -177,13 +177,13 @@ fn all_fail(change: impl FnOnce(&Scene, &[End; 2], &mut Options), kind: Kind, wh
 
 #[test]
 fn a_disk_that_is_missing_fails_all() {
-    all_fail(|scene, _, b| b.device = scene.path("nothing"), Kind::Source, "No such file");
+    all_fail(|scene, _, b| b.device = scene.path("nothing").into(), Kind::Source, "No such file");
 }
 
 #[test]
 fn a_target_that_cannot_be_made_fails_all() {
     all_fail(
-        |scene, _, b| b.target = backup::Target::Path(scene.path("no folder").join("copy")),
+        |scene, _, b| b.target = backup::Target::At(scene.path("no folder").join("copy").into()),
         Kind::Target,
         "No such file",
     );
