@@ -1,49 +1,89 @@
-complete -c drive-backup -l device -d 'The disk image or block device to copy; give it again, with a --target each, for several disks at one instant' -r -F
-complete -c drive-backup -l source-format -d 'Its format; by default its content tells' -r -f -a "raw\t'The disk\'s bytes and nothing else'
+# Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
+function __fish_drive_backup_global_optspecs
+    string join \n device= source-format= no-backing allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= on-source-error= on-target-error= json progress= progress-interval= q/quiet v/verbose h/help V/version
+end
+
+function __fish_drive_backup_needs_command
+    # Figure out if the current invocation already has a command.
+    set -l cmd (commandline -opc)
+    set -e cmd[1]
+    argparse -s (__fish_drive_backup_global_optspecs) -- $cmd 2>/dev/null
+    or return
+    if set -q argv[1]
+        # Also print the command, so this can be used to figure out what it is.
+        echo $argv[1]
+        return 1
+    end
+    return 0
+end
+
+function __fish_drive_backup_using_subcommand
+    set -l cmd (__fish_drive_backup_needs_command)
+    test -z "$cmd"
+    and return 1
+    contains -- $cmd[1] $argv
+end
+
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l device -d 'The disk image or block device to copy; give it again, with a --target each, for several disks at one instant' -r -F
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l source-format -d 'Its format; by default its content tells' -r -f -a "raw\t'The disk\'s bytes and nothing else'
 qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'"
-complete -c drive-backup -l target -d 'The file or block device to write, or - for a raw stream to standard output' -r -F
-complete -c drive-backup -l format -d 'The target\'s format' -r -f -a "raw\t'The disk\'s bytes and nothing else'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l target -d 'The file or block device to write, or - for a raw stream to standard output' -r -F
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l format -d 'The target\'s format' -r -f -a "raw\t'The disk\'s bytes and nothing else'
 qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'"
-complete -c drive-backup -l mode -d 'A new image, or one that is there' -r -f -a "absolute-paths\t'Make a new image beside the target and put it in the target\'s place when it is complete; a device is written in place'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l mode -d 'A new image, or one that is there' -r -f -a "absolute-paths\t'Make a new image beside the target and put it in the target\'s place when it is complete; a device is written in place'
 existing\t'Write into the image that is there, in place'"
-complete -c drive-backup -l cluster-size -d 'Cluster size of a new qcow2: a power of two from 512 to 2M; 64K by default' -r
-complete -c drive-backup -l compress -d 'Compress a new qcow2: zlib or zstd; with a level, 1 to 9 or 1 to 22, as in zstd:9' -r
-complete -c drive-backup -l sparse -d 'Turn runs of zero bytes into holes' -r -f -a "auto\t'Wherever the target can have holes'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l cluster-size -d 'Cluster size of a new qcow2: a power of two from 512 to 2M; 64K by default' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l compress -d 'Compress a new qcow2: zlib or zstd; with a level, 1 to 9 or 1 to 22, as in zstd:9' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l sparse -d 'Turn runs of zero bytes into holes' -r -f -a "auto\t'Wherever the target can have holes'
 never\t'Write every byte'"
-complete -c drive-backup -l speed -d 'Limit in bytes a second, such as 50M; 0, off and unlimited mean none' -r
-complete -c drive-backup -l workers -d 'Number of copying threads; by default one for each core' -r
-complete -c drive-backup -l writer -d 'Whether a cooperating writer takes part' -r -f -a "auto\t'If there is one'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l speed -d 'Limit in bytes a second, such as 50M; 0, off and unlimited mean none' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l workers -d 'Number of copying threads; by default one for each core' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l writer -d 'Whether a cooperating writer takes part' -r -f -a "auto\t'If there is one'
 required\t'Without one the backup does not start'
 none\t'Nobody is looked for'"
-complete -c drive-backup -l writer-dir -d 'Where writers and backups find each other' -r -f -a "(__fish_complete_directories)"
-complete -c drive-backup -l snapshot -d 'What keeps the instant' -r -f -a "auto\t'A clone where the file system can, else the overlay'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l writer-dir -d 'Where writers and backups find each other' -r -f -a "(__fish_complete_directories)"
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l snapshot -d 'What keeps the instant' -r -f -a "auto\t'A clone where the file system can, else the overlay'
 overlay\t'The overlay: what writers are about to overwrite is saved first'
 reflink\t'A clone of the file system, or the backup does not start'"
-complete -c drive-backup -l overlay -d 'Folder for what writers are about to overwrite, or memory; by default TMPDIR, else /var/tmp' -r -f -a "(__fish_complete_directories)"
-complete -c drive-backup -l overlay-limit -d 'The most that the overlay may hold; 0, off and unlimited mean no limit' -r
-complete -c drive-backup -l freeze-timeout -d 'In how many seconds all writers must be frozen' -r
-complete -c drive-backup -l cbw-timeout -d 'In how many seconds the old contents must be saved for a waiting write' -r
-complete -c drive-backup -l on-cbw-error -d 'What happens when they can\'t be' -r -f -a "break-snapshot\t'The write goes on, the backup fails: exit status 6'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l overlay -d 'Folder for what writers are about to overwrite, or memory; by default TMPDIR, else /var/tmp' -r -f -a "(__fish_complete_directories)"
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l overlay-limit -d 'The most that the overlay may hold; 0, off and unlimited mean no limit' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l freeze-timeout -d 'In how many seconds all writers must be frozen' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l cbw-timeout -d 'In how many seconds the old contents must be saved for a waiting write' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-cbw-error -d 'What happens when they can\'t be' -r -f -a "break-snapshot\t'The write goes on, the backup fails: exit status 6'
 break-guest-write\t'The write fails, the backup goes on'"
-complete -c drive-backup -l on-source-error -d 'What a read error of the source does' -r -f -a "report\t'End with the error'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-source-error -d 'What a read error of the source does' -r -f -a "report\t'End with the error'
 ignore\t'Go on: an unreadable source range becomes zeroes, an unwritable target range is skipped; exit status 3'
 enospc\t'Stop when the target is full, else report'
 stop\t'Pause, and try again after Enter on the terminal or SIGCONT'"
-complete -c drive-backup -l on-target-error -d 'What a write error of the target does' -r -f -a "report\t'End with the error'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-target-error -d 'What a write error of the target does' -r -f -a "report\t'End with the error'
 ignore\t'Go on: an unreadable source range becomes zeroes, an unwritable target range is skipped; exit status 3'
 enospc\t'Stop when the target is full, else report'
 stop\t'Pause, and try again after Enter on the terminal or SIGCONT'"
-complete -c drive-backup -l progress -d 'How progress is shown on standard error' -r -f -a "auto\t'A bar on a terminal, plain lines under systemd\'s journal, else none'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l progress -d 'How progress is shown on standard error' -r -f -a "auto\t'A bar on a terminal, plain lines under systemd\'s journal, else none'
 bar\t'A bar; plain lines where standard error is no terminal'
 plain\t'A line every 30 seconds and one at the end'
 none\t'None'"
-complete -c drive-backup -l progress-interval -d 'Time between JSON status records (1 by default) and between plain lines (30 by default)' -r
-complete -c drive-backup -l no-backing -d 'Refuse a source that has a backing file'
-complete -c drive-backup -l allow-inconsistent -d 'Accept a source that changes while it is copied; the copy may then be torn, and the summary says so'
-complete -c drive-backup -l no-fsync -d 'Do not flush the target; a success then promises nothing about a power cut'
-complete -c drive-backup -l direct -d 'Bypass the page cache'
-complete -c drive-backup -l json -d 'Write JSON lines to standard output, to standard error with --target -'
-complete -c drive-backup -s q -l quiet -d 'Only errors: no progress, no warnings'
-complete -c drive-backup -s v -l verbose -d 'Also say what was found and done, on success too'
-complete -c drive-backup -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c drive-backup -s V -l version -d 'Print version'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l progress-interval -d 'Time between JSON status records (1 by default) and between plain lines (30 by default)' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l no-backing -d 'Refuse a source that has a backing file'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l allow-inconsistent -d 'Accept a source that changes while it is copied; the copy may then be torn, and the summary says so'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l no-fsync -d 'Do not flush the target; a success then promises nothing about a power cut'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l direct -d 'Bypass the page cache'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l json -d 'Write JSON lines to standard output, to standard error with --target -'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -s q -l quiet -d 'Only errors: no progress, no warnings'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -s v -l verbose -d 'Also say what was found and done, on success too'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -s V -l version -d 'Print version'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -f -a "serve" -d 'Serve a disk to programs that know nothing of backups, so that it can be backed up while they write'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l device -d 'The disk image or block device to serve; give it again for more disks' -r -F
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l format -d 'The format of the disks; by default their content tells' -r -f -a "raw\t'The disk\'s bytes and nothing else'
+qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l writer-dir -d 'Where backups find this server' -r -f -a "(__fish_complete_directories)"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l nbd -d 'Serve NBD at unix:PATH or HOST:PORT; without a HOST on the loopback only. May be given again' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l tls-dir -d 'Require TLS of NBD clients, with server-cert.pem and server-key.pem from this folder' -r -f -a "(__fish_complete_directories)"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l max-connections -d 'The most NBD clients at once' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l vhost-user -d 'Serve a virtual machine as vhost-user-blk at this socket; give it once for each disk to be served so' -r -F
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l fuse -d 'Show a disk as a file: mounted over PATH, a regular file, which may be the image itself' -r -F
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l read-only -d 'Refuse every change; others may read the disks too'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l json -d 'Write JSON lines to standard output: when it is ready, what goes wrong, how it ended'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -s q -l quiet -d 'Only errors'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'

@@ -2,7 +2,7 @@
 
 #![cfg(feature = "cli")]
 
-use drive_backup::cli::manual::{completions, page};
+use drive_backup::cli::manual::{completions, page, serve_page};
 use std::path::Path;
 use std::process::Command;
 use std::{env, fs};
@@ -18,8 +18,9 @@ fn check(path: &str, expected: &[u8]) {
 }
 
 #[test]
-fn the_manual_page_is_up_to_date() {
+fn the_manual_pages_are_up_to_date() {
     check("man/drive-backup.1", &page().unwrap());
+    check("man/drive-backup-serve.1", &serve_page().unwrap());
 }
 
 #[test]
@@ -35,27 +36,42 @@ fn bash_can_read_its_completions() {
     assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-#[test]
-fn the_manual_page_renders_without_a_warning() {
+/// As `man` shows it.
+fn rendered(page: &[u8]) -> String {
     let file = tempfile::Builder::new().suffix(".1").tempfile().unwrap();
-    fs::write(file.path(), page().unwrap()).unwrap();
+    fs::write(file.path(), page).unwrap();
     let mut man = Command::new("man");
     man.args(["--warnings", "--encoding=utf8", "-l"]).arg(file.path());
     let output = man.env("MANWIDTH", "100").env("LC_ALL", "C.UTF-8").output().expect("man is installed");
     assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
-    let text = String::from_utf8(output.stdout).unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_manual_pages_render_without_a_warning() {
+    let text = rendered(&page().unwrap());
     for section in ["NAME", "OPTIONS", "EXAMPLES", "EXIT STATUS", "SIGNALS", "JSON", "WHAT EXIT 0 PROMISES"] {
         assert!(text.lines().any(|line| line == section), "{section} is missing");
     }
+    let text = rendered(&serve_page().unwrap());
+    for section in ["NAME", "OPTIONS", "EXAMPLES", "EXIT STATUS", "SIGNALS", "BACKUPS", "JSON", "SEE ALSO"] {
+        assert!(text.lines().any(|line| line == section), "{section} is missing");
+    }
 }
+
 #[test]
 fn every_flag_of_the_help_is_in_the_manual_and_the_completions() {
-    let help = Command::new(env!("CARGO_BIN_EXE_drive-backup")).arg("--help").output().unwrap();
+    every_flag_is_in(&["--help"], &page().unwrap(), 20);
+    every_flag_is_in(&["serve", "--help"], &serve_page().unwrap(), 10);
+}
+
+fn every_flag_is_in(arguments: &[&str], page: &[u8], at_least: usize) {
+    let help = Command::new(env!("CARGO_BIN_EXE_drive-backup")).args(arguments).output().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
     let is_flag = |word: &&str| word.starts_with("--") && word.len() > 4;
     let flags: Vec<&str> = help.split(|c: char| !c.is_ascii_alphanumeric() && c != '-').filter(is_flag).collect();
-    assert!(flags.len() > 20, "{help}");
-    let page = String::from_utf8(page().unwrap()).unwrap().replace("\\-", "-");
+    assert!(flags.len() > at_least, "{help}");
+    let page = std::str::from_utf8(page).unwrap().replace("\\-", "-");
     for flag in flags {
         assert!(page.contains(flag), "{flag} is not in the manual");
         for (name, script) in completions() {

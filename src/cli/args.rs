@@ -1,9 +1,10 @@
 //! The one definition of the flags: parser, help, man page and completions come from it.
 
+use super::serve::args::ServeArgs;
 use crate::ground::size::{NotASize, parse_rate, parse_size};
 use crate::image::qcow2::header::Compression;
 use clap::builder::ArgPredicate;
-use clap::{ArgAction, Parser, ValueEnum, ValueHint};
+use clap::{ArgAction, Parser, Subcommand, ValueEnum, ValueHint};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -23,11 +24,16 @@ const SIGHT: &str = "What you see";
 /// Sizes: K, M, G, T are powers of 1024, as are KiB, MiB, ...; kB, MB, ... are powers of 1000. 1.5G is fine.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "drive-backup", version, max_term_width = 100, args_override_self = false)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, disable_help_subcommand = true)]
 #[command(
     after_help = "Exit status: 0 complete and durable, 2 bad arguments, 3 complete but for unreadable ranges, 4 source, \
     5 target, 6 point in time lost, 7 verification, 8 busy, 128+N signal N, 1 anything else. See drive-backup(1)."
 )]
 pub struct Args {
+    /// Something other than a backup.
+    #[command(subcommand)]
+    pub verb: Option<Verb>,
+
     /// The disk image or block device to copy; give it again, with a --target each, for several disks at one instant
     ///
     /// All or nothing until the instant is taken; from then on each copy is on its own. The other options hold for each
@@ -162,6 +168,12 @@ pub struct Args {
     /// Also say what was found and done, on success too
     #[arg(short, long, conflicts_with = "quiet", action = ArgAction::SetTrue, help_heading = SIGHT)]
     pub verbose: bool,
+}
+
+/// What the command does beside backups. None of their flags holds for it.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Verb {
+    Serve(Box<ServeArgs>),
 }
 
 /// A format that can be asked for.

@@ -39,6 +39,10 @@ pub enum Body {
     Warning(Warning),
     /// An I/O error, each time.
     Error(Fault),
+    /// A server may be used.
+    Ready(Ready),
+    /// Last record of a server that was asked to end.
+    Stopped(Stopped),
     /// Last record, exit codes 0 and 3.
     Summary(Box<Summary>),
     /// Last record, every other ending.
@@ -192,10 +196,43 @@ pub struct ExitError {
     /// Its name, such as SIGINT.
     pub signal: Option<&'static str>,
     pub message: String,
-    /// removed, incomplete, untouched, kept_bad.
-    pub target_state: &'static str,
+    /// removed, incomplete, untouched, kept_bad; absent where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_state: Option<&'static str>,
     /// Null: there was none.
     pub writer_released: Option<bool>,
+    pub seconds_elapsed: u64,
+    #[serde(flatten)]
+    pub dropped: Dropped,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Ready {
+    pub version: &'static str,
+    pub pid: u32,
+    pub disks: Vec<ServedDisk>,
+    /// Where clients find them, as URIs or paths.
+    pub addresses: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ServedDisk {
+    pub name: String,
+    #[serde(flatten)]
+    pub path: PathName,
+    pub format: &'static str,
+    /// Bytes.
+    pub virtual_size: u64,
+    pub read_only: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Stopped {
+    pub exit_code: u8,
+    /// What asked for it, such as SIGTERM.
+    pub signal: &'static str,
+    /// Every request in flight was answered.
+    pub drained: bool,
     pub seconds_elapsed: u64,
     #[serde(flatten)]
     pub dropped: Dropped,

@@ -1,4 +1,4 @@
-//! The manual page and the completions, from the one definition of the flags.
+//! The manual pages and the completions, from the one definition of the flags.
 
 use super::args::Args;
 use clap::CommandFactory;
@@ -12,15 +12,32 @@ const SYNOPSIS: &str = "drive-backup [OPTION]... --device PATH --target PATH|-";
 
 /// drive-backup(1), in roff.
 pub fn page() -> io::Result<Vec<u8>> {
-    let man = clap_mangen::Man::new(Args::command().override_usage(SYNOPSIS)).manual("User Commands");
+    render(Args::command().override_usage(SYNOPSIS), SECTIONS)
+}
+
+fn render(command: clap::Command, sections: &str) -> io::Result<Vec<u8>> {
+    let man = clap_mangen::Man::new(command).manual("User Commands");
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;
     man.render_synopsis_section(&mut page)?;
     man.render_description_section(&mut page)?;
     man.render_options_section(&mut page)?;
-    page.extend_from_slice(SECTIONS.as_bytes());
+    page.extend_from_slice(sections.as_bytes());
     Ok(page)
+}
+
+/// Its sections beside the flags: EXAMPLES, EXIT STATUS, SIGNALS, BACKUPS, JSON.
+const SERVE_SECTIONS: &str = include_str!("serve/manual.roff");
+
+const SERVE_SYNOPSIS: &str =
+    "drive-backup serve --device [NAME=]PATH [--nbd ADDRESS] [--vhost-user PATH] [--fuse PATH] [OPTION]...";
+
+/// drive-backup-serve(1), in roff.
+pub fn serve_page() -> io::Result<Vec<u8>> {
+    let command = Args::command();
+    let serve = command.find_subcommand("serve").expect("it is defined").clone().name("drive-backup-serve");
+    render(serve.override_usage(SERVE_SYNOPSIS).version(env!("CARGO_PKG_VERSION")), SERVE_SECTIONS)
 }
 
 /// Completions: the name under which each shell looks for them, and the script.

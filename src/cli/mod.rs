@@ -9,6 +9,7 @@ mod pairs;
 mod progress;
 mod records;
 mod resolve;
+mod serve;
 mod session;
 mod signals;
 mod stream;
@@ -18,7 +19,7 @@ mod watch;
 
 use crate::backup::{Disk, Ended};
 use crate::error::{Error, Kind};
-use args::Args;
+use args::{Args, Verb};
 use clap::Parser;
 use resolve::{JsonEnd, View};
 use session::{Ends, Session};
@@ -81,6 +82,9 @@ where
         }
         Err(error) => return refuse(arguments, usage::error_of(&error)),
     };
+    if let Some(Verb::Serve(args)) = &args.verb {
+        return serve::run(args, usage::view(arguments));
+    }
     let plan = match resolve::plan(args) {
         Ok(plan) => plan,
         Err(error) => return refuse(arguments, error),

@@ -163,6 +163,7 @@ fn write_all(shared: &Shared, job: &str, mut out: impl Write) {
         let (mut entry, dropped, last) = shared.next();
         match &mut entry.body {
             Body::Summary(summary) => summary.dropped = dropped,
+            Body::Stopped(stopped) => stopped.dropped = dropped,
             Body::ExitError(error) => error.dropped = dropped,
             _ => {}
         }
@@ -222,7 +223,7 @@ mod tests {
             reason: "other",
             signal: None,
             message: String::new(),
-            target_state: "untouched",
+            target_state: Some("untouched"),
             writer_released: None,
             seconds_elapsed: 0,
             dropped: Dropped::default(),

@@ -369,7 +369,7 @@ impl Watched {
             reason,
             signal,
             message: line,
-            target_state: state.name(),
+            target_state: Some(state.name()),
             writer_released: self.job.snapshot().writers.map(|_| released),
             seconds_elapsed: self.began.elapsed().as_secs(),
             dropped: json::Dropped::default(),

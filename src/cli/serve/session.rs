@@ -1,0 +1,307 @@
+//! A server's life: disks are opened, front-ends started, and at a signal or a fault stopped, drained and flushed.
+
+use super::front_ends::{self, FrontEnds};
+use super::plan::Plan;
+use super::systemd;
+use crate::cli::json::{Body, Dropped, ExitError, PathName, Ready, ServedDisk, Stopped, Warning};
+use crate::cli::progress::{Display, Row, Style};
+use crate::cli::records::Records;
+use crate::cli::session::Ends;
+use crate::cli::signals::{self, Request};
+use crate::cli::{Ending, exit};
+use crate::error::{Error, Kind, Result, Side};
+use crate::job::Job;
+use crate::serve::disk::Disk;
+use crate::serve::{Notice, Notify};
+use anyhow::Context;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Requests in flight have so long to be answered once the end is asked for.
+const DRAIN: Duration = Duration::from_secs(5);
+/// Who does not read has so long to get the last lines.
+const LAST_LINES_BOUND: Duration = Duration::from_secs(2);
+
+enum Wake {
+    /// Everything is served.
+    Ready(Box<Served>),
+    /// It never was.
+    Refused(Error),
+    Notice(Notice),
+    Signal(i32),
+    /// Stopped and flushed, or not; true: every request was answered.
+    Stopped(Result<bool>),
+    /// A reader has got everything, or is gone.
+    Told,
+}
+
+/// What is open and runs.
+struct Served {
+    disks: Vec<Arc<Disk>>,
+    front_ends: FrontEnds,
+}
+
+/// What a server says, and hears.
+pub struct Session {
+    display: Display,
+    records: Option<Records>,
+    quiet: bool,
+    began: Instant,
+    wake: Sender<Wake>,
+    woken: Receiver<Wake>,
+    /// Readers that have not got everything yet.
+    untold: usize,
+}
+
+/// Why it ends.
+#[derive(Clone, Copy)]
+enum Cause {
+    Signal(i32),
+    Fault,
+}
+
+impl Session {
+    /// Starts the threads that write.
+    pub fn start(ends: Ends, quiet: bool) -> anyhow::Result<Self> {
+        let (wake, woken) = channel();
+        let told = || {
+            let wake = wake.clone();
+            move || drop(wake.send(Wake::Told))
+        };
+        let row = Row { name: None, job: Arc::new(Job::new(None)) };
+        let display =
+            Display::start(Style::None, vec![row], ends.people, told()).context("start the display thread")?;
+        let records = ends.json.map(|json| Records::to(json, told())).transpose().context("start the JSON thread")?;
+        let untold = 1 + usize::from(records.is_some());
+        Ok(Self { display, records, quiet, began: Instant::now(), wake, woken, untold })
+    }
+
+    /// Takes over what a process has only one of: signals and the panic hook.
+    pub fn own_process(&self) -> anyhow::Result<()> {
+        let display = self.display.clone();
+        std::panic::set_hook(Box::new(move |panic| display.say(&format!("internal error: {panic}"))));
+        let wake = self.wake.clone();
+        signals::listen(move |request| {
+            if let Request::End(signal) = request {
+                // Gone only when the process is about to be.
+                let _ = wake.send(Wake::Signal(signal));
+            }
+        })
+    }
+
+    /// Ends a server that never began.
+    pub fn refuse(mut self, error: &Error) -> Ending {
+        let code = self.fail(error);
+        self.end(Ending::with_code(code))
+    }
+
+    /// Serves until something ends it.
+    pub fn run(mut self, plan: Plan) -> Ending {
+        if let Err(error) = self.open(plan) {
+            return self.refuse(&error);
+        }
+        let mut served = None;
+        let mut cause = None;
+        loop {
+            match (self.woken.recv(), cause) {
+                (Ok(Wake::Ready(ready)), _) => {
+                    self.ready(&ready);
+                    served = Some(ready);
+                }
+                (Ok(Wake::Refused(error)), _) => return self.refuse(&error),
+                (Ok(Wake::Notice(Notice::Warning(line))), _) => self.warn(&line),
+                (Ok(Wake::Notice(Notice::Failed(error))), None) => {
+                    self.fail(&error);
+                    cause = Some((Cause::Fault, exit::of(error.kind()).0));
+                    self.stop(served.take());
+                }
+                (Ok(Wake::Notice(Notice::Failed(error))), Some(_)) => self.warn(&error.to_string()),
+                // Nothing is served yet, or whoever asks has no patience.
+                (Ok(Wake::Signal(signal)), before) if before.is_some() || served.is_none() => {
+                    return self.cut(signal, before.is_some());
+                }
+                (Ok(Wake::Signal(signal)), _) => {
+                    cause = Some((Cause::Signal(signal), exit::COMPLETE));
+                    self.stop(served.take());
+                }
+                (Ok(Wake::Stopped(stopped)), cause) => return self.stopped(stopped, cause),
+                (Ok(Wake::Told), _) => self.untold = self.untold.saturating_sub(1),
+                (Err(_), _) => return Ending::with_code(exit::OTHER),
+            }
+        }
+    }
+
+    /// On a thread of its own: opening may wait, and a signal must not.
+    fn open(&self, plan: Plan) -> Result<()> {
+        let (wake, told) = (self.wake.clone(), self.wake.clone());
+        let notify: Notify = Arc::new(move |notice| drop(told.send(Wake::Notice(notice))));
+        self.work("open", move || {
+            let opened = catch_unwind(AssertUnwindSafe(|| open(&plan, &notify))).unwrap_or_else(|_| Err(internal()));
+            let _ = wake.send(opened.map_or_else(Wake::Refused, |served| Wake::Ready(Box::new(served))));
+        })
+    }
+
+    fn stop(&self, served: Option<Box<Served>>) {
+        systemd::tell(systemd::STOPPING);
+        let wake = self.wake.clone();
+        let work = move || {
+            let stop = || served.map_or(Ok(true), |served| served.stop(Instant::now() + DRAIN));
+            let stopped = catch_unwind(AssertUnwindSafe(stop)).unwrap_or_else(|_| Err(internal()));
+            let _ = wake.send(Wake::Stopped(stopped));
+        };
+        if let Err(error) = self.work("stop", work) {
+            let _ = self.wake.send(Wake::Stopped(Err(error)));
+        }
+    }
+
+    fn work(&self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+        let started = thread::Builder::new().name(name.to_owned()).spawn(work);
+        started.map(drop).map_err(|e| Error::system(Kind::Other, format!("start the {name} thread"), e))
+    }
+
+    fn ready(&self, served: &Served) {
+        for line in served.disks.iter().flat_map(|disk| disk.warnings()) {
+            self.warn(line);
+        }
+        let addresses: Vec<String> = served.front_ends.iter().map(|front_end| front_end.address()).collect();
+        if !self.quiet {
+            self.display.say(&format!("ready: {}", addresses.join(", ")));
+        }
+        if let Some(records) = &self.records {
+            let disk = |disk: &Arc<Disk>| ServedDisk {
+                name: disk.name().to_owned(),
+                path: PathName::of(disk.path()),
+                format: disk.format().name(),
+                virtual_size: disk.length(),
+                read_only: disk.is_read_only(),
+            };
+            records.push(Body::Ready(Ready {
+                version: env!("CARGO_PKG_VERSION"),
+                pid: std::process::id(),
+                disks: served.disks.iter().map(disk).collect(),
+                addresses,
+            }));
+        }
+        systemd::tell(systemd::READY);
+    }
+
+    fn warn(&self, line: &str) {
+        if !self.quiet {
+            self.display.say(&format!("warning: {line}"));
+        }
+        if let Some(records) = &self.records {
+            let message = line.to_owned();
+            records.push(Body::Warning(Warning { code: "serve", offset: None, length: None, errno: None, message }));
+        }
+    }
+
+    fn stopped(mut self, stopped: Result<bool>, cause: Option<(Cause, u8)>) -> Ending {
+        match (stopped, cause) {
+            (Ok(drained), Some((Cause::Signal(signal), code))) => {
+                if !drained {
+                    self.warn(&format!(
+                        "requests were cut off, {} seconds after the end was asked for",
+                        DRAIN.as_secs()
+                    ));
+                }
+                if let Some(records) = &self.records {
+                    records.finish(Body::Stopped(Stopped {
+                        exit_code: code,
+                        signal: signals::name(signal),
+                        drained,
+                        seconds_elapsed: self.began.elapsed().as_secs(),
+                        dropped: Dropped::default(),
+                    }));
+                }
+                self.end(Ending::with_code(code))
+            }
+            // What failed first has been told, in the last record too.
+            (stopped, Some((Cause::Fault, code))) => {
+                if let Err(error) = stopped {
+                    self.display.say(&error.to_string());
+                }
+                self.end(Ending::with_code(code))
+            }
+            (stopped, _) => {
+                let code = self.fail(&stopped.err().unwrap_or_else(internal));
+                self.end(Ending::with_code(code))
+            }
+        }
+    }
+
+    /// Ends at once, by a signal that came before there was anything to drain, or again.
+    fn cut(mut self, signal: i32, again: bool) -> Ending {
+        let (name, code) = (signals::name(signal), exit::of_signal(signal));
+        let when = if again { "before its disks were flushed" } else { "before anything was served" };
+        self.last_record(code, "signal", Some(name), format!("ended by {name} {when}"));
+        self.end(Ending { code, signal: Some(signal), abandoned: again })
+    }
+
+    /// Says why it ends, once; the exit code.
+    fn fail(&mut self, error: &Error) -> u8 {
+        let (code, reason) = exit::of(error.kind());
+        self.last_record(code, reason, None, error.to_string());
+        code
+    }
+
+    fn last_record(&mut self, exit_code: u8, reason: &'static str, signal: Option<&'static str>, message: String) {
+        self.display.say(&message);
+        if let Some(records) = &self.records {
+            records.finish(Body::ExitError(Box::new(ExitError {
+                exit_code,
+                reason,
+                signal,
+                message,
+                target_state: None,
+                writer_released: None,
+                seconds_elapsed: self.began.elapsed().as_secs(),
+                dropped: Dropped::default(),
+            })));
+        }
+    }
+
+    fn end(&mut self, ending: Ending) -> Ending {
+        self.display.finish(0);
+        let bound = Instant::now() + LAST_LINES_BOUND;
+        while self.untold > 0 {
+            match self.woken.recv_timeout(bound.saturating_duration_since(Instant::now())) {
+                Ok(Wake::Told) => self.untold -= 1,
+                // It ends already; what is still said is too late.
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        ending
+    }
+}
+
+fn internal() -> Error {
+    Error::new(Kind::Other, "internal error")
+}
+
+fn open(plan: &Plan, notify: &Notify) -> Result<Served> {
+    front_ends::check(plan)?;
+    let disks: Vec<Arc<Disk>> = plan.disks.iter().map(|disk| Disk::open(disk).map(Arc::new)).collect::<Result<_>>()?;
+    let front_ends = front_ends::start(plan, &disks, notify)?;
+    Ok(Served { disks, front_ends })
+}
+
+impl Served {
+    /// Lets requests end until `deadline`, then flushes. True: every request was answered.
+    fn stop(self, deadline: Instant) -> Result<bool> {
+        // Side by side: none may use up the time of another.
+        let drained = thread::scope(|scope| {
+            let stop = |front_end: Box<dyn crate::serve::FrontEnd>| scope.spawn(move || front_end.stop(deadline));
+            let stopping: Vec<_> = self.front_ends.into_iter().map(stop).collect();
+            let stopped: Vec<bool> = stopping.into_iter().map(|one| one.join().unwrap_or(false)).collect();
+            stopped.into_iter().all(|drained| drained)
+        });
+        for disk in &self.disks {
+            disk.flush().map_err(|e| Error::file(Side::Disk, "flush", disk.path(), e))?;
+        }
+        Ok(drained)
+    }
+}

@@ -1,0 +1,26 @@
+//! What systemd wants to know of a service of Type=notify. Without systemd nothing happens.
+
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+/// Clients may come.
+pub const READY: &str = "READY=1";
+/// It is about to end.
+pub const STOPPING: &str = "STOPPING=1";
+
+/// Tells `state` to whoever is named by NOTIFY_SOCKET. Never blocks: a service manager that does not listen gets nothing.
+pub fn tell(state: &str) {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match name.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+        path => SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(path)),
+    };
+    let send = |address: SocketAddr| {
+        let socket = UnixDatagram::unbound()?;
+        socket.set_nonblocking(true)?;
+        socket.send_to_addr(state.as_bytes(), &address)
+    };
+    // It is a courtesy: who waits for it says in time that it did not come.
+    let _ = address.and_then(send);
+}
