@@ -59,6 +59,7 @@ impl Gauges for Gauge {
             writes: counts.writes,
             trapped: counts.trapped,
             stall_ms: [counts.stalls.quantile(50), counts.stalls.quantile(99), counts.stalls.max()].map(milliseconds),
+            stalled: counts.stalls.sum(),
         });
         (Some(self.overlay.usage()), writers)
     }

@@ -2,6 +2,7 @@
 
 use super::serve::args::ServeArgs;
 use crate::ground::size::{NotASize, parse_rate, parse_size};
+use crate::ground::speed::Schedule;
 use crate::image::qcow2::header::Compression;
 use clap::builder::ArgPredicate;
 use clap::{ArgAction, Parser, Subcommand, ValueEnum, ValueHint};
@@ -89,11 +90,30 @@ pub struct Args {
     #[arg(long, help_heading = TARGET)]
     pub no_fsync: bool,
 
-    /// Limit in bytes a second, such as 50M; 0, off and unlimited mean none
+    /// Limit in bytes a second, such as 50M; 0, off and unlimited mean none; auto backs off while writers wait longer
     ///
-    /// Holes and zeroes are not charged. SIGUSR2 turns the limit off and on again.
-    #[arg(long, value_name = "RATE", allow_hyphen_values = true, value_parser = rate, default_value = "off", help_heading = PACE)]
-    pub speed: RateLimit,
+    /// Holes and zeroes are not charged. SIGUSR2 turns the limit off and on again. With auto the copy begins slowly and
+    /// doubles its speed until the cooperating writers' waits grow, as the ring's own figures show; without a writer there
+    /// is no limit.
+    #[arg(long, value_name = "RATE|auto", allow_hyphen_values = true, value_parser = speed, default_value = "off", help_heading = PACE)]
+    pub speed: Speed,
+
+    /// As slow as still arrives in time; when the time is over and the copy is not complete, exit status 10
+    ///
+    /// A time of day, HH:MM, is the next such time here; a date and time, such as 2030-01-31T06:00, may have a zone. The
+    /// speed is planned anew as the copy goes on.
+    #[arg(long, value_name = "TIME", conflicts_with_all = ["speed", "speed_schedule"], help_heading = PACE)]
+    pub finish_by: Option<String>,
+
+    /// Speeds by the time of day, as in '08:00=10M 20:00=off'
+    ///
+    /// Each holds from its time on, here, until the next one's.
+    #[arg(long, value_name = "HH:MM=RATE ...", conflicts_with = "speed", value_parser = Schedule::parse, help_heading = PACE)]
+    pub speed_schedule: Option<Schedule>,
+
+    /// Give up when the backup has taken so long: seconds, or with a unit, as in 90m or 8h; exit status 10
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true, value_parser = timeout, help_heading = PACE)]
+    pub timeout: Option<Duration>,
 
     /// Number of copying threads; by default one for each core
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PACE)]
@@ -285,19 +305,24 @@ impl Compress {
     }
 }
 
-/// Bytes a second; `None`: no limit. A type of its own: clap reads `Option` as "may be absent".
+/// What is asked of the speed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RateLimit(pub Option<u64>);
+pub enum Speed {
+    /// Bytes a second; `None`: no limit.
+    Limit(Option<u64>),
+    /// As writers bear it.
+    Auto,
+}
 
 fn size(text: &str) -> Result<u64, NotASize> {
     parse_size(text)
 }
 
-fn rate(text: &str) -> Result<RateLimit, NotASize> {
-    parse_rate(text).map(RateLimit)
+fn speed(text: &str) -> Result<Speed, NotASize> {
+    if text.trim().eq_ignore_ascii_case("auto") { Ok(Speed::Auto) } else { parse_rate(text).map(Speed::Limit) }
 }
 
-/// Bytes; `None`: no limit.
+/// Bytes; `None`: no limit. A type of its own: clap reads `Option` as "may be absent".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit(pub Option<u64>);
 
@@ -309,6 +334,22 @@ fn seconds(text: &str) -> Result<Duration, &'static str> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.1..=86400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("it is a number of seconds from 0.1 to 86400"),
+    }
+}
+
+/// Up to a year.
+fn timeout(text: &str) -> Result<Duration, &'static str> {
+    let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
+    let unit = match unit {
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        "d" => 86400.0,
+        _ => return Err("units are s, m, h and d, as in 90m"),
+    };
+    match number.parse::<f64>().map(|number| number * unit) {
+        Ok(seconds) if (0.1..=365.0 * 86400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("it is a time from 0.1 seconds to 365d"),
     }
 }
 
@@ -335,14 +376,14 @@ mod tests {
             (NewImageMode::AbsolutePaths, Sparse::Auto, Progress::Auto)
         );
         assert_eq!((args.on_source_error, args.on_target_error), (Policy::Report, Policy::Report));
-        assert_eq!((args.speed, args.workers, args.format, args.source_format), (RateLimit(None), None, None, None));
+        assert_eq!((args.speed, args.workers, args.format, args.source_format), (Speed::Limit(None), None, None, None));
         assert!(!(args.no_fsync || args.direct || args.json || args.quiet || args.verbose || args.no_backing));
     }
 
     #[test]
     fn values_are_read() {
         let args = parse(&["--speed", "50M", "--cluster-size", "2M", "--sparse=never", "--mode", "existing"]).unwrap();
-        assert_eq!((args.speed, args.cluster_size), (RateLimit(Some(50 << 20)), Some(2 << 20)));
+        assert_eq!((args.speed, args.cluster_size), (Speed::Limit(Some(50 << 20)), Some(2 << 20)));
         assert_eq!((args.sparse, args.mode), (Sparse::Never, NewImageMode::Existing));
         assert_eq!(parse(&["--sparse"]).unwrap().sparse, Sparse::Auto);
         for (text, kind, level) in [
@@ -355,6 +396,10 @@ mod tests {
         }
         assert_eq!(parse(&["--progress-interval", "0.5"]).unwrap().progress_interval, Some(Duration::from_millis(500)));
         assert_eq!(parse(&["-q"]).unwrap().progress, Progress::None);
+        assert_eq!(parse(&["--speed", "auto"]).unwrap().speed, Speed::Auto);
+        for (text, seconds) in [("10", 10.0), ("0.5", 0.5), ("90m", 5400.0), ("1.5h", 5400.0), ("2d", 172_800.0)] {
+            assert_eq!(parse(&["--timeout", text]).unwrap().timeout, Some(Duration::from_secs_f64(seconds)), "{text}");
+        }
     }
 
     #[test]
@@ -364,6 +409,15 @@ mod tests {
             &["--speed=-1"],
             &["--speed", "50Mb"],
             &["--speed", "1e99"],
+            &["--speed", "auto", "--finish-by", "06:00"],
+            &["--speed", "1M", "--speed-schedule", "08:00=1M"],
+            &["--finish-by", "06:00", "--speed-schedule", "08:00=1M"],
+            &["--speed-schedule", "08:00=1M 08:00=2M"],
+            &["--timeout", "0"],
+            &["--timeout", "-1"],
+            &["--timeout", "1w"],
+            &["--timeout", "nan"],
+            &["--timeout", "1e9d"],
             &["--workers", "0"],
             &["--workers", "-2"],
             &["--compress", "zstd:23"],

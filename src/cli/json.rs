@@ -191,7 +191,7 @@ pub struct Summary {
 #[derive(Debug, Serialize)]
 pub struct ExitError {
     pub exit_code: u8,
-    /// usage, source, target, instant_lost, differs, busy, signal, cancelled, other.
+    /// usage, source, target, instant_lost, differs, busy, deadline, signal, cancelled, other.
     pub reason: &'static str,
     /// Its name, such as SIGINT.
     pub signal: Option<&'static str>,

@@ -12,6 +12,7 @@ mod resolve;
 mod serve;
 mod session;
 mod signals;
+mod steer;
 mod stream;
 mod sys;
 mod usage;
@@ -89,8 +90,9 @@ where
         Ok(plan) => plan,
         Err(error) => return refuse(arguments, error),
     };
-    let session = Session::start(plan.view, plan.speed, &plan.disks, ends(plan.view))?;
-    match session.own_process(plan.speed) {
+    let speed = plan.steering.first_speed();
+    let session = Session::start(plan.view, speed, &plan.disks, ends(plan.view))?;
+    match session.own_process(speed).and_then(|()| session.steer(plan.steering)) {
         Ok(()) => Ok(session.run(plan.disks, engine)),
         Err(error) => Ok(session.refuse(&Error::new(Kind::Other, format!("{error:#}")))),
     }

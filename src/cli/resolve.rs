@@ -1,14 +1,18 @@
 //! From flags to what they ask for: defaults filled in, contradictions refused before anything is opened.
 
-use super::args::{Args, CbwPolicy, Compress, ImageFormat, NewImageMode, Policy, Snapshot, Sparse, WriterPolicy};
+use super::args::{
+    Args, CbwPolicy, Compress, ImageFormat, NewImageMode, Policy, Snapshot, Sparse, Speed, WriterPolicy,
+};
 use super::pairs;
 use super::progress::Style;
+use super::steer::{Course, Steering};
 use crate::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
 use crate::error::{Error, Kind, Result};
 use crate::ground::policy::OnError;
 use crate::image::format::Format;
 use crate::image::location::Location;
 use crate::image::qcow2::CompressOptions;
+use jiff::Zoned;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,8 +25,8 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 pub struct Plan {
     /// For the engine, of each disk.
     pub disks: Vec<Options>,
-    /// Bytes a second; `None`: no limit.
-    pub speed: Option<u64>,
+    /// What decides the speed, and when it is too late.
+    pub steering: Steering,
     /// For people and programs.
     pub view: View,
 }
@@ -70,9 +74,24 @@ pub fn plan(args: Args) -> Result<Plan> {
         quiet: args.quiet,
         verbose: args.verbose,
     };
+<<<<<<< HEAD
     let ends = args.device.iter().zip(&args.target);
     let disks = ends.map(|(device, target)| options(&args, device, target)).collect::<Result<_>>()?;
     Ok(Plan { speed: args.speed.0, view, disks })
+=======
+    let disks = args.device.iter().zip(&args.target).map(|(device, target)| options(&args, device, target)).collect();
+    let steering = Steering { course: course(&args)?, timeout: args.timeout };
+    Ok(Plan { steering, view, disks })
+}
+
+fn course(args: &Args) -> Result<Course> {
+    Ok(match (&args.finish_by, &args.speed_schedule, args.speed) {
+        (Some(time), _, _) => Course::finish_by(time, &Zoned::now())?,
+        (None, Some(schedule), _) => Course::Schedule(schedule.clone()),
+        (None, None, Speed::Auto) => Course::Auto,
+        (None, None, Speed::Limit(rate)) => Course::Steady(rate),
+    })
+>>>>>>> a909a8d (Speeds that find themselves: --speed auto, --finish-by, --speed-schedule; --timeout)
 }
 
 /// Is it the `-` that means a standard stream?
@@ -247,11 +266,11 @@ mod tests {
 
     #[test]
     fn defaults_leave_the_formats_to_the_engine() {
-        let (options, Plan { speed, view, .. }) = one("");
+        let (options, Plan { steering, view, .. }) = one("");
         assert_eq!((options.format, options.source_format, options.mode), (None, None, Mode::AbsolutePaths));
         assert!(options.backing && options.sparse && options.fsync && options.workers >= 1);
         assert!(!options.direct && !options.allow_inconsistent);
-        assert_eq!((speed, view.json), (None, None));
+        assert_eq!((steering, view.json), (Steering { course: Course::Steady(None), timeout: None }, None));
     }
 
     #[test]
@@ -259,10 +278,10 @@ mod tests {
         let flags = "--source-format qcow2 --no-backing --format qcow2 --cluster-size 4K --compress zstd:7 --speed 1M \
             --workers 3 --direct --sparse=never --no-fsync --allow-inconsistent --on-source-error stop \
             --on-target-error enospc --json -v --progress-interval 5";
-        let (options, Plan { speed, view, .. }) = one(flags);
+        let (options, Plan { steering, view, .. }) = one(flags);
         assert_eq!((options.source_format, options.format), (Some(Format::Qcow2), Some(Format::Qcow2)));
         assert_eq!((options.cluster_size, options.compression.unwrap().level), (Some(4096), 7));
-        assert_eq!((speed, options.workers), (Some(1 << 20), 3));
+        assert_eq!((steering.course, options.workers), (Course::Steady(Some(1 << 20)), 3));
         assert!(!options.backing && options.direct && !options.sparse && !options.fsync && options.allow_inconsistent);
         assert_eq!((options.on_source_error, options.on_target_error), (OnError::Stop, OnError::Enospc));
         assert_eq!((view.json, view.status_interval), (Some(JsonEnd::Stdout), Duration::from_secs(5)));

@@ -6,6 +6,7 @@ use super::progress::{BadEnd, Display, GoodEnd, Row, Style};
 use super::records::{Lines, Records};
 use super::resolve::{View, target_name};
 use super::signals::{self, Request};
+use super::steer::{self, Steering};
 use super::watch::{Watch, report_status};
 use super::{Ending, exit, keys};
 use crate::backup::{Disk, Ended, Failure, Options, Summary, TargetState};
@@ -48,6 +49,8 @@ enum Wake {
     /// The engine is gone; a disk that has not ended never will.
     Left,
     Signal(i32),
+    /// This flag's time is up.
+    Late(&'static str),
     /// A reader has got everything, or is gone.
     Served,
 }
@@ -60,9 +63,17 @@ pub struct Session {
     woken: Receiver<Wake>,
     /// Readers that have not got everything yet.
     unserved: usize,
-    cancelled: Option<(i32, Instant)>,
+    cancelled: Option<(Cause, Instant)>,
     /// The engine did not come back after a cancel.
     abandoned: bool,
+}
+
+/// What cancelled a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    Signal(i32),
+    /// The time of this flag was up.
+    Deadline(&'static str),
 }
 
 /// One disk of a run.
@@ -142,6 +153,13 @@ impl Session {
         keys::resume_on_enter(self.jobs()).context("start the keyboard thread")
     }
 
+    /// Lets the speed follow `steering`, and ends the run when its time is up.
+    pub fn steer(&self, steering: Steering) -> anyhow::Result<()> {
+        let wake = self.wake.clone();
+        let late = move |flag| drop(wake.send(Wake::Late(flag)));
+        steer::start(steering, self.jobs(), late).context("start the thread that steers")
+    }
+
     fn jobs(&self) -> Vec<Arc<Job>> {
         self.disks.iter().map(|disk| Arc::clone(&disk.job)).collect()
     }
@@ -196,16 +214,20 @@ impl Session {
                 Ok(Wake::Left) => self.give_up(|undone| Outcome::Panicked { undone }),
                 Ok(Wake::Served) => self.unserved -= 1,
                 Ok(Wake::Signal(signal)) => match self.cancelled {
-                    None => {
-                        self.cancelled = Some((signal, Instant::now()));
-                        self.disks.iter().for_each(|disk| disk.job.cancel());
-                    }
+                    None => self.cancel(Cause::Signal(signal)),
                     Some(_) if signal == signal_hook::consts::SIGINT => self.abandon(),
                     Some(_) => {}
                 },
+                Ok(Wake::Late(flag)) if self.cancelled.is_none() => self.cancel(Cause::Deadline(flag)),
+                Ok(Wake::Late(_)) => {}
                 Err(_) => self.abandon(),
             }
         }
+    }
+
+    fn cancel(&mut self, cause: Cause) {
+        self.cancelled = Some((cause, Instant::now()));
+        self.disks.iter().for_each(|disk| disk.job.cancel());
     }
 
     fn abandon(&mut self) {
@@ -225,14 +247,17 @@ impl Session {
     }
 
     fn end_disk(&mut self, place: usize, outcome: Outcome) {
-        self.disks[place].end(outcome, self.cancelled.map(|(signal, _)| signal));
+        self.disks[place].end(outcome, self.cancelled.map(|(cause, _)| cause));
         self.display.finish(place);
     }
 
     fn end(&mut self) -> Ending {
         self.wait_for_readers();
         let code = exit::of_all(self.disks.iter().filter_map(|disk| disk.code));
-        let signal = self.cancelled.map(|(signal, _)| signal).filter(|signal| code == exit::of_signal(*signal));
+        let signal = match self.cancelled {
+            Some((Cause::Signal(signal), _)) if code == exit::of_signal(signal) => Some(signal),
+            _ => None,
+        };
         Ending { code, signal, abandoned: self.abandoned }
     }
 
@@ -246,7 +271,7 @@ impl Session {
                 Ok(Wake::Served) => self.unserved -= 1,
                 // The outcome stands; who reads gets it, and nobody wants to wait for who does not.
                 Ok(Wake::Signal(_)) => bound = bound.min(Instant::now() + IMPATIENT_BOUND),
-                Ok(Wake::Ended(..) | Wake::Left) => {}
+                Ok(Wake::Ended(..) | Wake::Left | Wake::Late(_)) => {}
                 Err(_) => return,
             }
         }
@@ -293,18 +318,18 @@ impl Watched {
         undone
     }
 
-    /// Says how it ended, in its last line and its last record. `signal` cancelled the run.
-    fn end(&mut self, outcome: Outcome, signal: Option<i32>) {
+    /// Says how it ended, in its last line and its last record. `cause` cancelled the run.
+    fn end(&mut self, outcome: Outcome, cause: Option<Cause>) {
         let (code, last) = match outcome {
             Outcome::Complete(summary) => self.complete(&summary),
-            Outcome::Failed(Failure { error, target }) => self.failed(&error, target, true, signal),
+            Outcome::Failed(Failure { error, target }) => self.failed(&error, target, true, cause),
             Outcome::Abandoned { undone } => {
                 let error = Error::new(Kind::Cancelled, "the job hangs and was abandoned");
-                self.failed(&error, self.state_after(undone), undone, signal)
+                self.failed(&error, self.state_after(undone), undone, cause)
             }
             Outcome::Panicked { undone } => {
                 let error = Error::new(Kind::Other, "internal error");
-                self.failed(&error, self.state_after(undone), undone, signal)
+                self.failed(&error, self.state_after(undone), undone, cause)
             }
         };
         if let Some(records) = &self.watch.records {
@@ -351,15 +376,22 @@ impl Watched {
         (code, Body::Summary(Box::new(body)))
     }
 
-    fn failed(&self, error: &Error, state: TargetState, released: bool, cancelled: Option<i32>) -> (u8, Body) {
+    fn failed(&self, error: &Error, state: TargetState, released: bool, cause: Option<Cause>) -> (u8, Body) {
         let (mut code, mut reason) = exit::of(error.kind());
         let mut message = error.to_string();
         let mut signal = None;
-        // Whatever else went wrong meanwhile, a signal is what ended it: a pipe's reader dies of the same Ctrl-C.
-        if let Some(number) = cancelled {
-            let name = signals::name(number);
-            (code, reason, signal) = (exit::of_signal(number), "signal", Some(name));
-            message = format!("ended by {name}: {message}");
+        match cause {
+            // Whatever else went wrong meanwhile, a signal is what ended it: a pipe's reader dies of the same Ctrl-C.
+            Some(Cause::Signal(number)) => {
+                let name = signals::name(number);
+                (code, reason, signal) = (exit::of_signal(number), "signal", Some(name));
+                message = format!("ended by {name}: {message}");
+            }
+            Some(Cause::Deadline(flag)) => {
+                (code, reason) = exit::of(Kind::Deadline);
+                message = format!("the time of {flag} was up before the copy was complete");
+            }
+            None => {}
         }
         let begun = self.watch.started.get().is_some();
         let line = BadEnd { message: &message, state, target: &self.target, begun }.line();

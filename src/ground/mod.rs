@@ -5,6 +5,7 @@ pub mod cluster;
 pub mod policy;
 pub mod range;
 pub mod size;
+pub mod speed;
 pub mod status;
 pub mod throttle;
 pub mod zero;

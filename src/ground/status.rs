@@ -1,5 +1,7 @@
 //! What a watcher of a job may know at any moment.
 
+use std::time::Duration;
+
 /// Where the job is. Only `Copy` moves the percentage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
@@ -69,6 +71,8 @@ pub struct WriterStats {
     pub trapped: u64,
     /// Milliseconds that a trapped write waited: median, 99th percentile, longest.
     pub stall_ms: [f64; 3],
+    /// How long trapped writes waited, added up; right to an eighth.
+    pub stalled: Duration,
 }
 
 /// One look at a job.

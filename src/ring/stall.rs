@@ -74,6 +74,14 @@ impl Stalls {
         self.max
     }
 
+    /// All waits added up, right to an eighth.
+    pub fn sum(&self) -> Duration {
+        let waits = self.buckets.iter().enumerate().map(|(bucket, &count)| {
+            longest(bucket).min(self.max).saturating_mul(u32::try_from(count).unwrap_or(u32::MAX))
+        });
+        waits.fold(Duration::ZERO, Duration::saturating_add)
+    }
+
     /// The longest wait.
     pub fn max(&self) -> Duration {
         self.max
@@ -108,6 +116,8 @@ mod tests {
         }
         assert_eq!(stalls.quantile(100), Duration::from_micros(1000));
         assert_eq!(Stalls::default().quantile(50), Duration::ZERO);
+        let sum = stalls.sum().as_secs_f64() * 1e6;
+        assert!((500_500.0..500_500.0 * 1.126).contains(&sum), "{sum}");
     }
 
     #[test]
@@ -116,6 +126,6 @@ mod tests {
         for _ in 0..3 {
             stalls.add(std::iter::repeat(u64::MAX), Duration::MAX);
         }
-        assert!(stalls.quantile(99) > Duration::ZERO);
+        assert!(stalls.quantile(99) > Duration::ZERO && stalls.sum() > Duration::ZERO);
     }
 }

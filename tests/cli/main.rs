@@ -5,6 +5,7 @@
 mod hung;
 mod json;
 mod kit;
+mod pace;
 mod quiet;
 mod several;
 mod signals;

@@ -1,0 +1,328 @@
+//! Sets the speed of running jobs as a schedule, a deadline or their writers ask for it, and says when time is up.
+
+use crate::error::{Error, Kind, Result};
+use crate::ground::speed::{self, Courtesy, Sample, Schedule};
+use crate::ground::status::{Phase, Snapshot};
+use crate::job::Job;
+use jiff::civil::{DateTime, Time};
+use jiff::{Timestamp, Zoned};
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(250);
+/// Until the copy begins: soon after that the speed is the right one.
+const FIRST_LOOK: Duration = Duration::from_millis(10);
+
+/// What decides the speed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Course {
+    /// Bytes a second; `None`: no limit.
+    Steady(Option<u64>),
+    /// As writers bear it.
+    Auto,
+    /// By the time of day.
+    Schedule(Schedule),
+    /// As slow as is ready then.
+    FinishBy(Timestamp),
+}
+
+impl Course {
+    /// Reads the time of `--finish-by`, as of `now` and in its zone. One in the past is refused.
+    pub fn finish_by(text: &str, now: &Zoned) -> Result<Self> {
+        let refuse = |why: String| Error::new(Kind::Usage, format!("--finish-by {text}: {why}"));
+        let has_date = text.contains('-');
+        let end = if let Some(time) = text.parse::<Time>().ok().filter(|_| !has_date) {
+            let today = now.with().time(time).build().map_err(|error| refuse(error.to_string()))?;
+            let tomorrow = || now.tomorrow().and_then(|day| day.with().time(time).build());
+            if today > *now { today } else { tomorrow().map_err(|error| refuse(error.to_string()))? }.timestamp()
+        } else if let Ok(time) = text.parse::<Timestamp>() {
+            time
+        } else {
+            let wrong = |_| refuse("write a time of day, as 06:00, or a date and time, as 2030-01-31T06:00".to_owned());
+            let time = text.parse::<DateTime>().map_err(wrong)?;
+            time.to_zoned(now.time_zone().clone()).map_err(|error| refuse(error.to_string()))?.timestamp()
+        };
+        if end > now.timestamp() { Ok(Self::FinishBy(end)) } else { Err(refuse("that time has passed".to_owned())) }
+    }
+}
+
+/// What decides the speed, and when it is too late.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Steering {
+    /// The speed.
+    pub course: Course,
+    /// From the start of the command.
+    pub timeout: Option<Duration>,
+}
+
+impl Steering {
+    /// What a job begins with, in bytes a second.
+    pub fn first_speed(&self) -> Option<u64> {
+        match &self.course {
+            Course::Steady(rate) => *rate,
+            // Until the first look.
+            Course::Auto | Course::FinishBy(_) => Some(speed::FIRST),
+            Course::Schedule(schedule) => schedule.rate_at(minute(&Zoned::now())),
+        }
+    }
+}
+
+/// Starts a thread that looks at `jobs` until the process ends. Calls `late` once, with the flag, when time is up.
+pub fn start(steering: Steering, jobs: Vec<Arc<Job>>, late: impl Fn(&'static str) + Send + 'static) -> io::Result<()> {
+    if matches!(steering, Steering { course: Course::Steady(_), timeout: None }) {
+        return Ok(());
+    }
+    let began = Instant::now();
+    let mut helms: Vec<Helm> = jobs.iter().map(|_| Helm::new(&steering)).collect();
+    let work = move || {
+        let mut before = Duration::ZERO;
+        loop {
+            let (now, elapsed) = (Zoned::now(), began.elapsed());
+            let mut is_beginning = false;
+            for (job, helm) in jobs.iter().zip(&mut helms) {
+                let look = Look { now: &now, elapsed: elapsed - before, job: job.snapshot() };
+                is_beginning |= look.job.phase == Phase::Prepare;
+                if let Some(rate) = helm.look(&look) {
+                    job.set_speed(rate);
+                }
+            }
+            before = elapsed;
+            if let Some(flag) = too_late(&steering, &now, elapsed) {
+                return late(flag);
+            }
+            thread::sleep(if is_beginning { FIRST_LOOK } else { LOOK });
+        }
+    };
+    thread::Builder::new().name("steer".to_owned()).spawn(work).map(drop)
+}
+
+fn too_late(steering: &Steering, now: &Zoned, elapsed: Duration) -> Option<&'static str> {
+    match (&steering.course, steering.timeout) {
+        // By the wall clock: a machine that slept is late too.
+        (Course::FinishBy(end), _) if now.timestamp() >= *end => Some("--finish-by"),
+        (_, Some(timeout)) if elapsed >= timeout => Some("--timeout"),
+        _ => None,
+    }
+}
+
+fn minute(now: &Zoned) -> u32 {
+    u32::try_from(i32::from(now.hour()) * 60 + i32::from(now.minute())).unwrap_or(0)
+}
+
+/// What is seen of a job.
+struct Look<'a> {
+    now: &'a Zoned,
+    /// Since the look before.
+    elapsed: Duration,
+    job: Snapshot,
+}
+
+/// Steers one job.
+struct Helm {
+    course: Course,
+    courtesy: Courtesy,
+    /// What the job's speed is unless somebody else has set it.
+    set: Option<u64>,
+    before: Option<Snapshot>,
+    /// When the copy should be complete; known with the first look.
+    arrival: Option<Timestamp>,
+}
+
+impl Helm {
+    fn new(steering: &Steering) -> Self {
+        Self {
+            course: steering.course.clone(),
+            courtesy: Courtesy::default(),
+            set: steering.first_speed(),
+            before: None,
+            arrival: None,
+        }
+    }
+
+    /// The speed from now on, if it is to change.
+    fn look(&mut self, look: &Look<'_>) -> Option<Option<u64>> {
+        let before = self.before.replace(look.job);
+        if look.job.phase != Phase::Copy {
+            return None;
+        }
+        if look.job.speed_limit != self.set {
+            // Somebody has set it by hand, who knows better.
+            self.course = Course::Steady(look.job.speed_limit);
+            self.set = look.job.speed_limit;
+        }
+        let rate = match &self.course {
+            Course::Steady(rate) => *rate,
+            Course::Auto => self.courtesy.look(sample(look, before.as_ref())),
+            Course::Schedule(schedule) => schedule.rate_at(minute(look.now)),
+            Course::FinishBy(end) => {
+                let now = look.now.timestamp();
+                let until = |end: Timestamp| Duration::try_from(end.duration_since(now)).unwrap_or_default();
+                let arrival = *self.arrival.get_or_insert_with(|| *end - speed::reserve(until(*end)));
+                speed::to_arrive_in(until(arrival), look.job.total.saturating_sub(look.job.done()))
+            }
+        };
+        (rate != self.set).then(|| {
+            self.set = rate;
+            rate
+        })
+    }
+}
+
+/// What happened since the look before.
+fn sample(look: &Look<'_>, before: Option<&Snapshot>) -> Sample {
+    let writers = |job: &Snapshot| job.writers.unwrap_or_default();
+    let now = writers(&look.job);
+    let then = before.map(writers).unwrap_or_default();
+    Sample {
+        elapsed: look.elapsed,
+        copied: look.job.data - before.map_or(0, |before| before.data),
+        has_writers: now.attached > 0,
+        waits: now.trapped.saturating_sub(then.trapped),
+        waited: now.stalled.saturating_sub(then.stalled),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ground::status::WriterStats;
+    use jiff::ToSpan;
+
+    const MIB: u64 = 1 << 20;
+
+    fn time(text: &str) -> Zoned {
+        text.parse().unwrap()
+    }
+
+    fn evening() -> Zoned {
+        time("2026-11-22T22:00:00+01:00[+01:00]")
+    }
+
+    fn end(text: &str) -> String {
+        match Course::finish_by(text, &evening()).unwrap() {
+            Course::FinishBy(end) => end.to_string(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn copying(total: u64, data: u64, speed_limit: Option<u64>) -> Snapshot {
+        let (phase, paused, zero, errors) = (Phase::Copy, None, 0, 0);
+        Snapshot { phase, paused, total, data, zero, errors, speed_limit, overlay: None, writers: None }
+    }
+
+    fn helm(course: Course) -> Helm {
+        Helm::new(&Steering { course, timeout: None })
+    }
+
+    #[test]
+    fn a_time_of_day_is_the_next_one() {
+        assert_eq!(end("06:00"), "2026-11-23T05:00:00Z");
+        assert_eq!(end("23:30"), "2026-11-22T22:30:00Z");
+        assert_eq!(end("22:00"), "2026-11-23T21:00:00Z", "now is tomorrow");
+    }
+
+    #[test]
+    fn a_date_is_here_unless_it_says_where() {
+        assert_eq!(end("2026-11-23T06:00"), "2026-11-23T05:00:00Z");
+        assert_eq!(end("2026-11-23 06:00"), "2026-11-23T05:00:00Z");
+        assert_eq!(end("2026-11-23T06:00Z"), "2026-11-23T06:00:00Z");
+    }
+
+    #[test]
+    fn the_past_and_nonsense_are_refused() {
+        for (text, why) in [
+            ("2026-11-22T21:59", "has passed"),
+            ("2020-01-01T00:00Z", "has passed"),
+            ("25:00", "time of day"),
+            ("soon", "time of day"),
+            ("", "time of day"),
+        ] {
+            let error = Course::finish_by(text, &evening()).expect_err(text);
+            assert_eq!(error.kind(), Kind::Usage);
+            assert!(error.to_string().contains(why), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_schedule_changes_the_speed_at_its_times() {
+        let schedule = Course::Schedule(Schedule::parse("00:00=2M 23:00=off").unwrap());
+        let mut helm = helm(schedule);
+        helm.set = Some(2 * MIB);
+        let look =
+            |now: &Zoned, limit, helm: &mut Helm| helm.look(&Look { now, elapsed: LOOK, job: copying(MIB, 0, limit) });
+        assert_eq!(look(&evening(), Some(2 * MIB), &mut helm), None);
+        assert_eq!(look(&(&evening() + 1.hour()), Some(2 * MIB), &mut helm), Some(None));
+        assert_eq!(look(&(&evening() + 1.hour()), None, &mut helm), None);
+        assert_eq!(look(&(&evening() + 2.hours()), None, &mut helm), Some(Some(2 * MIB)));
+    }
+
+    #[test]
+    fn a_deadline_sets_a_speed_that_is_planned_again() {
+        let mut helm = helm(Course::finish_by("23:00", &evening()).unwrap());
+        let look = |minutes: i64, data, limit, helm: &mut Helm| {
+            helm.look(&Look {
+                now: &(&evening() + minutes.minutes()),
+                elapsed: LOOK,
+                job: copying(3420 * MIB, data, limit),
+            })
+        };
+        // 57 of the 60 minutes are for the copy.
+        let first = look(0, 0, helm.set, &mut helm).unwrap();
+        assert_eq!(first, Some(MIB));
+        assert_eq!(look(10, 600 * MIB, first, &mut helm), None, "as planned");
+        let behind = look(20, 600 * MIB, first, &mut helm).unwrap();
+        assert_eq!(behind, Some((2820 * MIB).div_ceil(37 * 60)));
+        assert_eq!(look(58, 3000 * MIB, behind, &mut helm), Some(None), "the reserve has begun");
+    }
+
+    #[test]
+    fn a_speed_that_is_set_by_hand_stays() {
+        let mut helm = helm(Course::finish_by("23:00", &evening()).unwrap());
+        let look = |limit, helm: &mut Helm| {
+            helm.look(&Look { now: &evening(), elapsed: LOOK, job: copying(3420 * MIB, 0, limit) })
+        };
+        assert_eq!(look(helm.set, &mut helm), Some(Some(MIB)));
+        assert_eq!(look(Some(7), &mut helm), None);
+        assert_eq!(look(Some(7), &mut helm), None);
+    }
+
+    #[test]
+    fn what_writers_felt_since_the_look_before_decides() {
+        let mut helm = helm(Course::Auto);
+        let mut limit = helm.set;
+        let mut seen = |data, trapped, milliseconds| {
+            let stalled = Duration::from_millis(milliseconds);
+            let writers = Some(WriterStats { attached: 1, trapped, stalled, ..WriterStats::default() });
+            let job = Snapshot { writers, ..copying(1 << 40, data, limit) };
+            if let Some(rate) = helm.look(&Look { now: &evening(), elapsed: LOOK, job }) {
+                limit = rate;
+            }
+            limit.map(|rate| rate / MIB)
+        };
+        assert_eq!(seen(0, 0, 0), Some(8));
+        assert_eq!(seen(2 * MIB, 100, 100), Some(16), "a millisecond each");
+        assert_eq!(seen(6 * MIB, 200, 200), Some(32));
+        assert_eq!(seen(14 * MIB, 300, 1200), Some(21), "ten");
+        assert_eq!(seen(19 * MIB, 400, 1300), Some(22), "a twentieth more");
+    }
+
+    #[test]
+    fn nothing_changes_before_the_copy_and_after_it() {
+        let mut helm = helm(Course::finish_by("23:00", &evening()).unwrap());
+        for phase in [Phase::Prepare, Phase::Flush, Phase::Publish, Phase::Cancel] {
+            let job = Snapshot { phase, ..copying(3420 * MIB, 0, None) };
+            assert_eq!(helm.look(&Look { now: &evening(), elapsed: LOOK, job }), None, "{phase:?}");
+        }
+    }
+
+    #[test]
+    fn time_is_up_by_the_wall_clock_or_by_what_has_passed() {
+        let by = Steering { course: Course::finish_by("23:00", &evening()).unwrap(), timeout: Some(LOOK) };
+        assert_eq!(too_late(&by, &(&evening() + 1.hour()), Duration::ZERO), Some("--finish-by"));
+        assert_eq!(too_late(&by, &evening(), LOOK), Some("--timeout"));
+        assert_eq!(too_late(&by, &evening(), Duration::ZERO), None);
+    }
+}
