@@ -26,7 +26,7 @@ _drive__backup() {
 
     case "${cmd}" in
         drive__backup)
-            opts="-q -v -h -V --device --source-format --no-backing --allow-inconsistent --target --format --mode --cluster-size --compress --sparse --no-fsync --speed --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --on-source-error --on-target-error --json --progress --progress-interval --quiet --verbose --help --version serve"
+            opts="-q -v -h -V --device --source-format --no-backing --allow-inconsistent --target --format --mode --cluster-size --compress --sparse --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --on-source-error --on-target-error --json --progress --progress-interval --quiet --verbose --help --version serve"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -87,6 +87,18 @@ _drive__backup() {
                     return 0
                     ;;
                 --speed)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --finish-by)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --speed-schedule)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_drive_backup_global_optspecs
-    string join \n device= source-format= no-backing allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= on-source-error= on-target-error= json progress= progress-interval= q/quiet v/verbose h/help V/version
+    string join \n device= source-format= no-backing allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= on-source-error= on-target-error= json progress= progress-interval= q/quiet v/verbose h/help V/version
 end
 
 function __fish_drive_backup_needs_command
@@ -36,7 +36,10 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -l cluster-size 
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l compress -d 'Compress a new qcow2: zlib or zstd; with a level, 1 to 9 or 1 to 22, as in zstd:9' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l sparse -d 'Turn runs of zero bytes into holes' -r -f -a "auto\t'Wherever the target can have holes'
 never\t'Write every byte'"
-complete -c drive-backup -n "__fish_drive_backup_needs_command" -l speed -d 'Limit in bytes a second, such as 50M; 0, off and unlimited mean none' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l speed -d 'Limit in bytes a second, such as 50M; 0, off and unlimited mean none; auto backs off while writers wait longer' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l finish-by -d 'As slow as still arrives in time; when the time is over and the copy is not complete, exit status 10' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l speed-schedule -d 'Speeds by the time of day, as in \'08:00=10M 20:00=off\'' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l timeout -d 'Give up when the backup has taken so long: seconds, or with a unit, as in 90m or 8h; exit status 10' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l workers -d 'Number of copying threads; by default one for each core' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l writer -d 'Whether a cooperating writer takes part' -r -f -a "auto\t'If there is one'
 required\t'Without one the backup does not start'

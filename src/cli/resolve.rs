@@ -74,14 +74,10 @@ pub fn plan(args: Args) -> Result<Plan> {
         quiet: args.quiet,
         verbose: args.verbose,
     };
-<<<<<<< HEAD
     let ends = args.device.iter().zip(&args.target);
     let disks = ends.map(|(device, target)| options(&args, device, target)).collect::<Result<_>>()?;
-    Ok(Plan { speed: args.speed.0, view, disks })
-=======
-    let disks = args.device.iter().zip(&args.target).map(|(device, target)| options(&args, device, target)).collect();
     let steering = Steering { course: course(&args)?, timeout: args.timeout };
-    Ok(Plan { steering, view, disks })
+    Ok(Plan { disks, steering, view })
 }
 
 fn course(args: &Args) -> Result<Course> {
@@ -91,7 +87,6 @@ fn course(args: &Args) -> Result<Course> {
         (None, None, Speed::Auto) => Course::Auto,
         (None, None, Speed::Limit(rate)) => Course::Steady(rate),
     })
->>>>>>> a909a8d (Speeds that find themselves: --speed auto, --finish-by, --speed-schedule; --timeout)
 }
 
 /// Is it the `-` that means a standard stream?
