@@ -133,6 +133,16 @@ impl Gate {
         self.thawed.notify_all();
     }
 
+    /// What an entrant would find, without entering.
+    #[inline]
+    pub fn look(&self) -> Passage {
+        match self.state.load(Ordering::SeqCst) {
+            OPEN => Passage::Open,
+            FROZEN => Passage::Frozen,
+            _ => Passage::Trapping,
+        }
+    }
+
     /// Is it frozen?
     pub fn is_frozen(&self) -> bool {
         self.state.load(Ordering::SeqCst) == FROZEN

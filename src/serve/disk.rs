@@ -240,6 +240,11 @@ impl Disk {
         if self.read_only { Ok(()) } else { self.image.flush() }
     }
 
+    /// Would a change of `range` wait for a backup just now? A hint: it may be otherwise when it begins. Does not block.
+    pub fn would_wait(&self, range: ByteRange) -> bool {
+        self.writer.as_ref().is_some_and(|writer| writer.would_wait(range.offset, range.length))
+    }
+
     fn checked(&self, offset: u64, length: usize, past_end: Errno) -> io::Result<ByteRange> {
         let range = ByteRange::checked(offset, length as u64).ok_or(past_end)?;
         self.check(range, past_end)?;

@@ -25,6 +25,8 @@
 
 pub mod disk;
 pub mod socket;
+#[cfg(feature = "vhost-user")]
+pub mod vhost_user;
 
 use crate::error::Error;
 use std::sync::Arc;

@@ -173,6 +173,17 @@ impl Writer {
         Ok(Write { shared: &self.shared })
     }
 
+    /// Would a write there wait now, for a thaw or for its old contents to be saved? A hint for who has other threads to
+    /// wait: it may be otherwise when the write begins. Does not block.
+    #[inline]
+    pub fn would_wait(&self, offset: u64, length: u64) -> bool {
+        match self.shared.gate.look() {
+            Passage::Open => false,
+            Passage::Frozen => true,
+            Passage::Trapping => self.shared.is_held(offset, length),
+        }
+    }
+
     /// During a freeze, when no write is in flight, `quiesce` brings everything that this program has buffered to the
     /// disk; an error makes the backup fail. It replaces an earlier one.
     ///
@@ -279,6 +290,12 @@ impl Shared {
                 Ok(())
             }
         }
+    }
+
+    #[inline(never)]
+    fn is_held(&self, offset: u64, length: u64) -> bool {
+        let range = ByteRange::checked(offset, length);
+        range.is_some_and(|range| self.control().session.as_ref().is_some_and(|session| session.is_held(range)))
     }
 
     /// Waits for the end of a freeze, and ends it if it lasts too long: whoever waits keeps the bound himself.

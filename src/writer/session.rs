@@ -74,6 +74,11 @@ impl Session {
         self.bits.first_held(self.clusters(range))
     }
 
+    /// Has [`Session::first_held`] something, just now?
+    pub fn is_held(&self, range: ByteRange) -> bool {
+        self.trapping.load(Ordering::SeqCst) && self.bits.first_held(self.clusters(range)).is_some()
+    }
+
     /// Writes beyond the end of what the backup copies are none of its business.
     fn clusters(&self, range: ByteRange) -> Clusters {
         self.terms.cluster_size.covering(range.intersect(ByteRange::new(0, self.terms.length)))

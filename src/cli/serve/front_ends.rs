@@ -13,7 +13,7 @@ pub type FrontEnds = Vec<Box<dyn FrontEnd>>;
 pub fn check(plan: &Plan) -> Result<()> {
     let wanted = [
         ("--nbd", !plan.nbd.is_empty(), false),
-        ("--vhost-user", !plan.vhost_user.is_empty(), false),
+        ("--vhost-user", !plan.vhost_user.is_empty(), cfg!(feature = "vhost-user")),
         ("--fuse", !plan.fuse.is_empty(), false),
     ];
     match wanted.iter().find(|(_, is_wanted, is_built)| *is_wanted && !is_built) {
@@ -24,7 +24,13 @@ pub fn check(plan: &Plan) -> Result<()> {
 
 /// All of them, or none: those that were started before one that fails are dropped.
 pub fn start(plan: &Plan, disks: &[Arc<Disk>], notify: &Notify) -> Result<FrontEnds> {
-    let front_ends = FrontEnds::new();
+    #[allow(unused_mut, reason = "a binary without front-ends")]
+    let mut front_ends = FrontEnds::new();
     let _ = (plan, disks, notify);
+    #[cfg(feature = "vhost-user")]
+    for (disk, path) in &plan.vhost_user {
+        use crate::serve::vhost_user::{MOST_QUEUES, start};
+        front_ends.push(start(disks[*disk].clone(), path, MOST_QUEUES, notify.clone())?);
+    }
     Ok(front_ends)
 }

@@ -1,0 +1,228 @@
+//! A queue's life: requests are taken by the queue's own thread, done there or by a helper, and answered in any order.
+//!
+//! # Who does a request
+//!
+//! The queue's thread, as long as that costs less than waking somebody: no hand-over, no lock that is contended. It must not
+//! wait, though, for then nobody takes what comes next. So a helper gets
+//!
+//! - what would wait for a backup just now: a write that is to be saved first, every write during a freeze;
+//! - where requests have been slow of late (the medium, or their size), each that has others beside it.
+
+use super::config;
+use super::helpers::Helpers;
+use super::perform::{changes, perform};
+use super::request::{Malformed, Memory, Request};
+use super::vring::{SharedMemory, Vring};
+use crate::serve::disk::Disk;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use vhost_user_backend::VringT;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::GuestAddressSpace;
+
+/// What takes longer is worth waking somebody: that takes 30 to 60 microseconds by itself.
+const SLOW_NS: u64 = 60_000;
+/// A new duration counts as one of so many.
+const MEMORY: u64 = 8;
+/// So many slow requests are given away after one that kept others waiting, even if they look alone.
+const CROWD: u32 = 32;
+
+/// The disk and what the guest agreed to, for all queues.
+pub struct Service {
+    pub disk: Arc<Disk>,
+    /// The features that the guest wants.
+    pub acknowledged: AtomicU64,
+    /// The cache's mode; meant for guests that know of it.
+    pub writeback: AtomicBool,
+    lanes: Vec<Lane>,
+    stopping: AtomicBool,
+}
+
+/// What we know of a queue.
+#[derive(Default)]
+struct Lane {
+    in_flight: Mutex<u32>,
+    none: Condvar,
+    /// Of late, in nanoseconds.
+    duration: AtomicU64,
+    crowd: AtomicU32,
+}
+
+/// A request that was taken from a queue.
+pub struct Errand {
+    lane: usize,
+    vring: Vring,
+    head: u16,
+    request: Request,
+    /// As it was when the request was taken.
+    memory: Arc<Memory>,
+}
+
+/// What was at the head of a queue.
+struct Taken {
+    head: u16,
+    request: Result<Request, Malformed>,
+    /// There is more behind it.
+    more: bool,
+    size: u16,
+}
+
+impl Lane {
+    fn lock(&self) -> MutexGuard<'_, u32> {
+        self.in_flight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_slow(&self) -> bool {
+        self.duration.load(Relaxed) > SLOW_NS
+    }
+
+    fn learn(&self, duration: Duration) {
+        // Threads may overwrite each other's sample: it is an estimate.
+        let (old, new) = (self.duration.load(Relaxed), duration.as_nanos() as u64);
+        self.duration.store((old * (MEMORY - 1) + new) / MEMORY, Relaxed);
+    }
+
+    /// Slow, with others beside it, or as if there might soon be.
+    fn is_worth_a_helper(&self, more: bool, others: bool) -> bool {
+        if !self.is_slow() {
+            return false;
+        }
+        let crowd = self.crowd.load(Relaxed);
+        if !(more || others) && crowd > 0 {
+            self.crowd.store(crowd - 1, Relaxed);
+        }
+        more || others || crowd > 0
+    }
+}
+
+impl Service {
+    /// Of `disk`, with so many queues.
+    pub fn new(disk: Arc<Disk>, queues: u16) -> Self {
+        Self {
+            disk,
+            acknowledged: AtomicU64::new(0),
+            writeback: AtomicBool::new(true),
+            lanes: (0..queues).map(|_| Lane::default()).collect(),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    /// Takes no more requests.
+    pub fn stop(&self) {
+        self.stopping.store(true, SeqCst);
+    }
+
+    /// Waits until nothing of a queue is in flight.
+    pub fn settle(&self, lane: usize) {
+        if let Some(lane) = self.lanes.get(lane) {
+            let none = lane.none.wait_while(lane.lock(), |in_flight| *in_flight > 0);
+            drop(none.unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// [`Service::settle`] for all queues; false: not by `deadline`.
+    pub fn all_settle(&self, deadline: Instant) -> bool {
+        self.lanes.iter().all(|lane| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let none = lane.none.wait_timeout_while(lane.lock(), left, |in_flight| *in_flight > 0);
+            *none.unwrap_or_else(PoisonError::into_inner).0 == 0
+        })
+    }
+
+    /// Takes what is in a queue, until there is nothing more. For the queue's own thread.
+    pub fn drain(&self, lane: usize, vring: &Vring, memory: &SharedMemory, helpers: &Helpers<Errand>) {
+        loop {
+            if vring.disable_notification().is_err() {
+                return;
+            }
+            let memory = memory.memory().into_inner();
+            loop {
+                match self.take(lane, vring, &memory) {
+                    Ok(Some(taken)) => self.dispatch(lane, vring, taken, &memory, helpers),
+                    Ok(None) => break,
+                    Err(Closed) => return,
+                }
+            }
+            // True: something came before the guest was asked to ring again.
+            if !vring.enable_notification().unwrap_or(false) {
+                return;
+            }
+        }
+    }
+
+    fn take(&self, lane: usize, vring: &Vring, memory: &Arc<Memory>) -> Result<Option<Taken>, Closed> {
+        let mut state = vring.get_mut();
+        if self.stopping.load(SeqCst) || !state.is_enabled() {
+            return Err(Closed);
+        }
+        let queue = state.get_queue_mut();
+        // Also: its index makes no sense.
+        let chain = queue.iter(memory.deref()).map_err(|_| Closed)?.next();
+        let Some(chain) = chain else { return Ok(None) };
+        let head = chain.head_index();
+        let request = Request::parse(chain, memory);
+        let more = queue.avail_idx(memory.deref(), SeqCst).is_ok_and(|index| index.0 != queue.next_avail());
+        // While the queue is locked: whoever stops it waits for this one too.
+        *self.lanes[lane].lock() += 1;
+        Ok(Some(Taken { head, request, more, size: queue.size() }))
+    }
+
+    fn dispatch(&self, lane: usize, vring: &Vring, taken: Taken, memory: &Arc<Memory>, helpers: &Helpers<Errand>) {
+        let Taken { head, request, more, size } = taken;
+        let Ok(request) = request else { return self.answer(lane, vring, head, 0) };
+        let mine = &self.lanes[lane];
+        let others = *mine.lock();
+        let waits = changes(&request, memory).is_some_and(|range| self.disk.would_wait(range));
+        let mut errand = Errand { lane, vring: vring.clone(), head, request, memory: memory.clone() };
+        // A guest that has more in flight than its queue holds reuses descriptors: it waits for itself.
+        if (waits || mine.is_worth_a_helper(more, others > 1)) && others <= u32::from(size) {
+            errand = match helpers.give(errand) {
+                Ok(()) => return,
+                Err(errand) => errand,
+            };
+        }
+        self.run(errand, !waits);
+        if more && mine.is_slow() {
+            mine.crowd.store(CROWD, Relaxed);
+        }
+    }
+
+    /// Does a request and answers it.
+    pub fn errand(&self, errand: Errand) {
+        let waits = changes(&errand.request, &errand.memory).is_some_and(|range| self.disk.would_wait(range));
+        self.run(errand, !waits);
+    }
+
+    fn run(&self, errand: Errand, is_typical: bool) {
+        let Errand { lane, vring, head, request, memory } = errand;
+        let since = Instant::now();
+        let through = config::writes_through(self.acknowledged.load(Relaxed), self.writeback.load(Relaxed));
+        let status = perform(&self.disk, &request, &memory, through);
+        if is_typical {
+            self.lanes[lane].learn(since.elapsed());
+        }
+        self.answer(lane, &vring, head, request.answer(&memory, status.byte()));
+    }
+
+    fn answer(&self, lane: usize, vring: &Vring, head: u16, written: u32) {
+        let told = {
+            let mut state = vring.get_mut();
+            state.add_used(head, written).is_ok() && state.needs_notification().unwrap_or(true)
+        };
+        if told {
+            // Without an eventfd the guest looks by itself.
+            let _ = vring.signal_used_queue();
+        }
+        let lane = &self.lanes[lane];
+        let mut in_flight = lane.lock();
+        *in_flight -= 1;
+        if *in_flight == 0 {
+            lane.none.notify_all();
+        }
+    }
+}
+
+/// The queue is not to be used, or makes no sense.
+struct Closed;
