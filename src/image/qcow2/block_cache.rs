@@ -19,7 +19,31 @@ struct Block {
     bytes: Box<[u8]>,
     /// Bytes that the file does not have yet; empty when it has all.
     dirty: Range<usize>,
+    /// What was dirty when it was sealed, as it was then, from this byte on. Not in the file yet either.
+    sealed: Option<(usize, Box<[u8]>)>,
     used: u64,
+}
+
+impl Block {
+    fn is_clean(&self) -> bool {
+        self.dirty.is_empty() && self.sealed.is_none()
+    }
+
+    /// What the file does not have, sealed or not, is dirty now.
+    fn break_seal(&mut self) {
+        if let Some((start, bytes)) = self.sealed.take() {
+            self.dirty = join(self.dirty.clone(), start..start + bytes.len());
+        }
+    }
+}
+
+/// The least range with all bytes of both.
+fn join(one: Range<usize>, other: Range<usize>) -> Range<usize> {
+    match (one.is_empty(), other.is_empty()) {
+        (true, _) => other,
+        (_, true) => one,
+        _ => one.start.min(other.start)..one.end.max(other.end),
+    }
 }
 
 /// Changes go to the file by sectors.
@@ -38,7 +62,7 @@ impl BlockCache {
 
     /// Something is not in the file yet.
     pub fn is_dirty(&self) -> bool {
-        self.blocks.values().any(|block| !block.dirty.is_empty())
+        self.blocks.values().any(|block| !block.is_clean())
     }
 
     /// Another block needs space first: [`BlockCache::forget_old`].
@@ -53,13 +77,13 @@ impl BlockCache {
 
     /// Forgets the older half of what the file has, too. The cache may still be full of dirty blocks then.
     pub fn forget_old(&mut self) {
-        let mut clean: Vec<u64> = self.blocks.values().filter(|b| b.dirty.is_empty()).map(|b| b.used).collect();
+        let mut clean: Vec<u64> = self.blocks.values().filter(|b| b.is_clean()).map(|b| b.used).collect();
         let middle = clean.len() / 2;
         if clean.is_empty() {
             return;
         }
         let (_, &mut newest_forgotten, _) = clean.select_nth_unstable(middle);
-        self.blocks.retain(|_, block| !block.dirty.is_empty() || block.used > newest_forgotten);
+        self.blocks.retain(|_, block| !block.is_clean() || block.used > newest_forgotten);
     }
 
     /// Reads the block at `offset` into memory; it is not there yet.
@@ -67,7 +91,7 @@ impl BlockCache {
         let mut bytes = vec![0; self.block_size].into_boxed_slice();
         file.read_at(&mut bytes, offset)?;
         self.clock += 1;
-        self.blocks.insert(offset, Block { bytes, dirty: 0..0, used: self.clock });
+        self.blocks.insert(offset, Block { bytes, dirty: 0..0, sealed: None, used: self.clock });
         Ok(())
     }
 
@@ -75,7 +99,7 @@ impl BlockCache {
     pub fn insert(&mut self, offset: u64, bytes: Box<[u8]>) {
         debug_assert_eq!(bytes.len(), self.block_size);
         self.clock += 1;
-        self.blocks.insert(offset, Block { dirty: 0..bytes.len(), bytes, used: self.clock });
+        self.blocks.insert(offset, Block { dirty: 0..bytes.len(), bytes, sealed: None, used: self.clock });
     }
 
     /// The bytes of a block that is in memory.
@@ -91,14 +115,44 @@ impl BlockCache {
         self.clock += 1;
         let block = self.blocks.get_mut(&offset).expect("loaded before");
         block.used = self.clock;
-        let (start, end) = (changed.start / SECTOR * SECTOR, changed.end.next_multiple_of(SECTOR));
-        block.dirty =
-            if block.dirty.is_empty() { start..end } else { block.dirty.start.min(start)..block.dirty.end.max(end) };
+        let sectors = changed.start / SECTOR * SECTOR..changed.end.next_multiple_of(SECTOR);
+        block.dirty = join(block.dirty.clone(), sectors);
         &mut block.bytes
     }
 
-    /// Writes what the file does not have yet. After an error the rest is still dirty.
+    /// Keeps what is dirty now apart from what becomes so later, for [`BlockCache::write_sealed`]. True when there is any.
+    pub fn seal(&mut self) -> bool {
+        let mut any = false;
+        for block in self.blocks.values_mut() {
+            // Left by a flush that failed.
+            block.break_seal();
+            if !block.dirty.is_empty() {
+                let dirty = std::mem::take(&mut block.dirty);
+                block.sealed = Some((dirty.start, block.bytes[dirty].into()));
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// Writes what was sealed, if nobody has written it since. True when it wrote anything. After an error the rest is
+    /// sealed still.
+    pub fn write_sealed(&mut self, file: &dyn Image) -> io::Result<bool> {
+        let mut sealed: Vec<_> = self.blocks.iter_mut().filter(|(_, block)| block.sealed.is_some()).collect();
+        sealed.sort_unstable_by_key(|(offset, _)| **offset);
+        let any = !sealed.is_empty();
+        for (offset, block) in sealed {
+            if let Some((start, bytes)) = &block.sealed {
+                file.write_at(bytes, offset + *start as u64)?;
+            }
+            block.sealed = None;
+        }
+        Ok(any)
+    }
+
+    /// Writes what the file does not have yet, sealed or not. After an error the rest is still dirty.
     pub fn write(&mut self, file: &dyn Image) -> io::Result<()> {
+        self.blocks.values_mut().for_each(Block::break_seal);
         let mut dirty: Vec<_> = self.blocks.iter_mut().filter(|(_, block)| !block.dirty.is_empty()).collect();
         dirty.sort_unstable_by_key(|(offset, _)| **offset);
         for (offset, block) in dirty {

@@ -2,7 +2,8 @@
 //! of them reach the file.
 //!
 //! [`Metadata::commit`] writes refcounts, then L2 tables, then the L1 table, each on stable storage before the next, and
-//! only then lets go of what they no longer refer to. Killed at any moment, the file holds old or new entries, each of
+//! only then lets go of what they no longer refer to. A flush does the same in steps, so that requests go on while it waits
+//! for the disk: [`Metadata::seal`] sets apart what is to be written, and what changes later is for the next one. Killed at any moment, the file holds old or new entries, each of
 //! them of clusters that are counted and written: at worst space is counted that nobody uses.
 
 use super::block_cache::BlockCache;
@@ -35,6 +36,10 @@ pub struct Metadata {
     counts: Refcounts,
     /// Host clusters that lose a reference once the tables that had it are on stable storage.
     leaving: Vec<Range<u64>>,
+    /// Entries of the L1 table as they were when it was sealed, and the first one's index.
+    l1_sealed: Option<(usize, Vec<u64>)>,
+    /// Those that leave once what was sealed is on stable storage.
+    leaving_sealed: Vec<Range<u64>>,
     /// Autoclear features that are still set.
     autoclear: u64,
     lost: bool,
@@ -65,6 +70,8 @@ impl Metadata {
             l2,
             counts,
             leaving: Vec::new(),
+            l1_sealed: None,
+            leaving_sealed: Vec::new(),
             autoclear,
             lost: false,
         })
@@ -155,8 +162,11 @@ impl Metadata {
     /// stable storage before the file's next flush.
     pub fn commit(&mut self) -> io::Result<()> {
         self.check()?;
+        // The tables that let go of these may be written, and not on stable storage yet.
+        let is_leaving = !self.leaving_sealed.is_empty();
+        self.break_seal();
         self.counts.write_blocks()?;
-        if self.counts.is_table_dirty() || self.l2.is_dirty() || !self.l1_dirty.is_empty() {
+        if is_leaving || self.counts.is_table_dirty() || self.l2.is_dirty() || !self.l1_dirty.is_empty() {
             self.sync()?;
         }
         self.commit_refcount_table()?;
@@ -166,13 +176,77 @@ impl Metadata {
         }
         if !self.l1_dirty.is_empty() {
             let dirty = self.l1_dirty.clone();
-            let bytes: Vec<u8> = self.l1[dirty.clone()].iter().flat_map(|entry| entry.to_be_bytes()).collect();
-            self.file.write_at(&bytes, self.l1_offset + dirty.start as u64 * ENTRY)?;
+            self.write_l1_entries(dirty.start, &self.l1[dirty.clone()])?;
             self.l1_dirty = 0..0;
             self.sync()?;
         }
-        self.release_leaving()?;
+        let mut leaving = std::mem::take(&mut self.leaving);
+        let released = self.release(&mut leaving);
+        self.leaving = leaving;
+        released?;
         self.counts.write_blocks()
+    }
+
+    /// First step of a flush: sets apart what is dirty, and writes the refcounts that it needs; they must be on stable
+    /// storage, as must all data, before [`Metadata::write_tables`]. False: there is nothing more to do than that.
+    pub fn seal(&mut self) -> io::Result<bool> {
+        self.check()?;
+        if self.counts.is_table_dirty() || self.counts.has_moved() {
+            // Once in a gigabyte or so of new space.
+            self.commit()?;
+            return Ok(false);
+        }
+        self.break_seal();
+        self.counts.write_blocks()?;
+        let has_tables = self.l2.seal();
+        if !self.l1_dirty.is_empty() {
+            let dirty = std::mem::take(&mut self.l1_dirty);
+            self.l1_sealed = Some((dirty.start, self.l1[dirty].to_vec()));
+        }
+        self.leaving_sealed = std::mem::take(&mut self.leaving);
+        Ok(has_tables || self.l1_sealed.is_some() || !self.leaving_sealed.is_empty())
+    }
+
+    /// Second step: sealed L2 tables. True when there were any; they must be on stable storage before the next step.
+    pub fn write_tables(&mut self) -> io::Result<bool> {
+        self.check()?;
+        self.l2.write_sealed(&*self.file)
+    }
+
+    /// Third step: sealed L1 entries. True when there were any; they must be on stable storage before the next step.
+    pub fn write_l1(&mut self) -> io::Result<bool> {
+        self.check()?;
+        let Some((first, entries)) = &self.l1_sealed else { return Ok(false) };
+        self.write_l1_entries(*first, entries)?;
+        self.l1_sealed = None;
+        Ok(true)
+    }
+
+    /// Last step: lets go of what nothing refers to any more.
+    pub fn release_sealed(&mut self) -> io::Result<()> {
+        self.check()?;
+        let mut leaving = std::mem::take(&mut self.leaving_sealed);
+        let released = self.release(&mut leaving);
+        self.leaving_sealed = leaving;
+        released?;
+        self.counts.write_blocks()
+    }
+
+    /// What was sealed and is not in the file yet is dirty again, as if it never had been.
+    fn break_seal(&mut self) {
+        if let Some((first, entries)) = self.l1_sealed.take() {
+            let sealed = first..first + entries.len();
+            self.l1_dirty = match self.l1_dirty.is_empty() {
+                true => sealed,
+                false => self.l1_dirty.start.min(sealed.start)..self.l1_dirty.end.max(sealed.end),
+            };
+        }
+        self.leaving.append(&mut self.leaving_sealed);
+    }
+
+    fn write_l1_entries(&self, first: usize, entries: &[u64]) -> io::Result<()> {
+        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        self.file.write_at(&bytes, self.l1_offset + first as u64 * ENTRY)
     }
 
     /// Flushes the file; a failure is final.
@@ -292,11 +366,12 @@ impl Metadata {
         }
     }
 
-    fn release_leaving(&mut self) -> io::Result<()> {
-        while let Some(clusters) = self.leaving.pop() {
+    /// After an error `leaving` has what is left of it.
+    fn release(&mut self, leaving: &mut Vec<Range<u64>>) -> io::Result<()> {
+        while let Some(clusters) = leaving.pop() {
             for cluster in clusters.clone() {
                 if let Err(e) = self.counts.release(cluster) {
-                    self.leaving.push(cluster..clusters.end);
+                    leaving.push(cluster..clusters.end);
                     return Err(e);
                 }
             }

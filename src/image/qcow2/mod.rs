@@ -12,6 +12,7 @@ mod compress;
 mod create;
 mod decompress;
 mod finish;
+mod flush_queue;
 pub mod header;
 mod map;
 mod metadata;

@@ -22,6 +22,8 @@ pub struct RegionLock {
 #[derive(Debug, Default)]
 struct Queue {
     next_id: u64,
+    /// How many wait: waking nobody would cost a system call all the same.
+    waiting: usize,
     /// Those that hold and those that wait, the earliest first.
     entries: Vec<Entry>,
 }
@@ -49,7 +51,9 @@ impl RegionLock {
         queue.next_id += 1;
         queue.entries.push(Entry { id, clusters, mode });
         while queue.is_blocked(id) {
+            queue.waiting += 1;
             queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue.waiting -= 1;
         }
         Region { lock: self, id }
     }
@@ -79,8 +83,13 @@ impl Queue {
 
 impl Drop for Region<'_> {
     fn drop(&mut self) {
-        self.lock.queue().entries.retain(|entry| entry.id != self.id);
-        self.lock.changed.notify_all();
+        let mut queue = self.lock.queue();
+        queue.entries.retain(|entry| entry.id != self.id);
+        let is_awaited = queue.waiting > 0;
+        drop(queue);
+        if is_awaited {
+            self.lock.changed.notify_all();
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 //! shared one moves to free space, and its old place is released when no table in the file refers to it any more.
 
 use super::decompress::Scratch;
+use super::flush_queue::FlushQueue;
 use super::header::{Compression, Header, incompatible, invalid};
 use super::metadata::Metadata;
 use super::reader::Qcow2;
@@ -36,6 +37,7 @@ pub struct ExistingQcow2 {
     has_zero: bool,
     state: Mutex<Metadata>,
     regions: RegionLock,
+    flushes: FlushQueue,
 }
 
 /// Where the bytes of a guest cluster go.
@@ -76,6 +78,7 @@ impl ExistingQcow2 {
             has_zero: header.version >= 3,
             state: Mutex::new(state),
             regions: RegionLock::default(),
+            flushes: FlushQueue::default(),
         })
     }
 
@@ -274,6 +277,26 @@ impl ExistingQcow2 {
         Ok(runs)
     }
 
+    /// Refcounts and data, L2 tables, the L1 table: requests go on while each goes to stable storage.
+    fn flush_in_steps(&self) -> io::Result<()> {
+        let has_tables = self.state().seal()?;
+        self.sync()?;
+        if !has_tables {
+            return Ok(());
+        }
+        for step in [Metadata::write_tables, Metadata::write_l1] {
+            let wrote = step(&mut self.state())?;
+            if wrote {
+                self.sync()?;
+            }
+        }
+        self.state().release_sealed()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.flush().inspect_err(|_| self.state().lose())
+    }
+
     fn status_of_unallocated(&self, range: ByteRange) -> Extent {
         match &self.backing {
             Some(backing) if range.offset < backing.length() => {
@@ -461,14 +484,7 @@ impl Image for ExistingQcow2 {
     }
 
     fn flush(&self) -> io::Result<()> {
-        // The long one, for the data, without the lock.
-        if let Err(e) = self.file.flush() {
-            self.state().lose();
-            return Err(e);
-        }
-        let mut state = self.state();
-        state.commit()?;
-        state.sync()
+        self.flushes.join(|| self.flush_in_steps())
     }
 
     fn properties(&self) -> Properties {
