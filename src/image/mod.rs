@@ -11,6 +11,8 @@ pub mod identity;
 pub mod location;
 pub mod lock;
 pub mod medium;
+#[cfg(feature = "nbd")]
+pub mod nbd;
 pub mod null;
 pub mod open;
 pub mod probe;
