@@ -37,6 +37,8 @@ pub enum Instant {
     Reflink,
     /// Its writers were frozen, then trapped.
     Frozen,
+    /// The source is behind a server: whether it changes can't be seen, and is its user's to see to.
+    Unwatched,
     /// The user allowed an inconsistent copy.
     Unchecked,
 }
@@ -50,6 +52,8 @@ pub enum TargetKind {
     Existing,
     /// A block device, written in place.
     Device,
+    /// An export of an NBD server, written in place.
+    Export,
     /// A stream.
     Stdout,
 }

@@ -6,7 +6,10 @@ use super::outcome::TargetState;
 use crate::error::{Error, Kind, Result, Side};
 use crate::image::Image;
 use crate::image::format::Format;
+use crate::image::location::Location;
 use crate::image::lock::{self, ImageLock, Protection, Terms};
+#[cfg(feature = "nbd")]
+use crate::image::nbd::{Nbd, Use};
 use crate::image::open::open_backing;
 use crate::image::probe::{self, probe};
 use crate::image::qcow2::{CreateOptions, ExistingQcow2, NewQcow2};
@@ -15,6 +18,8 @@ use crate::image::stream::Stream;
 use crate::image::target::{InPlace, open_in_place, refuse_other_size};
 use crate::job::Job;
 use crate::monitor::{TargetKind, Warning};
+#[cfg(feature = "nbd")]
+use crate::nbd::uri::Uri;
 use crate::publish::Publish;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -38,7 +43,13 @@ impl Destination {
     pub fn open(options: &Options, origin: &Origin) -> Result<Self> {
         let path = match &options.target {
             Target::Stdout => return Self::stream(origin.length()),
-            Target::At(location) => location.name(),
+            Target::At(location) => location,
+        };
+        options.device.refuse_as_target(path)?;
+        let path = match path {
+            Location::Path(path) => path.as_path(),
+            #[cfg(feature = "nbd")]
+            Location::Nbd(uri) => return Self::nbd(options, uri, origin),
         };
         origin.refuse_as_target(path)?;
         let is_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());
@@ -55,6 +66,30 @@ impl Destination {
             format: Format::Raw,
             kind: TargetKind::Stdout,
             path: None,
+            publish: None,
+            raw: None,
+            warnings: Vec::new(),
+            _lock: None,
+        })
+    }
+
+    /// An export that is there, written in place: it is the disk itself.
+    #[cfg(feature = "nbd")]
+    fn nbd(options: &Options, uri: &Uri, origin: &Origin) -> Result<Self> {
+        let name = Path::new(uri.text());
+        let is_qcow2 = options.format == Some(Format::Qcow2);
+        if is_qcow2 || options.compression.is_some() || options.cluster_size.is_some() {
+            let what = format!("target '{uri}' gets the disk's own bytes: qcow2 is not possible over NBD");
+            return Err(Error::new(Kind::Usage, what));
+        }
+        let usage = Use { side: Side::Target, flushes: options.fsync, reconnect: options.reconnect };
+        let image = Nbd::open(uri, usage)?;
+        refuse_other_size(origin.length(), name, image.length())?;
+        Ok(Self {
+            image: Arc::new(image),
+            format: Format::Raw,
+            kind: TargetKind::Export,
+            path: Some(name.to_owned()),
             publish: None,
             raw: None,
             warnings: Vec::new(),

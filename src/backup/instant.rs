@@ -124,6 +124,8 @@ impl Moment {
                 moment.image = disk.origin.reopen(disk.options)?;
             } else if disk.options.allow_inconsistent {
                 moment.how = Instant::Unchecked;
+            } else if !disk.origin.is_watched() {
+                moment.how = Instant::Unwatched;
             }
             moment.watch(disk)?;
             moment.guard(disk)?;
@@ -322,15 +324,18 @@ impl Gathered {
             on_cbw_error: options.on_cbw_error,
             threads: PRESERVING_THREADS,
         };
+        let Some(file) = disk.origin.files().first() else {
+            // Writers of an export are their server's.
+            return if options.writer == WriterChoice::Required { Err(no_writer(options)) } else { Ok(gathered) };
+        };
+        let file = file.raw.as_file();
         let folder: PathBuf = options.writer_dir.clone().unwrap_or_else(folder::default_path);
-        let file = disk.origin.files()[0].raw.as_file();
         let attached = Disk::open(file)
             .map_err(|e| Error::file(Side::Source, "stat", options.device.name(), e))
             .and_then(|disk| Writers::attach(disk, &folder, terms));
         match attached {
             Ok(writers) if options.writer == WriterChoice::Required && writers.attached() == 0 => {
-                let what = format!("no cooperating writer of '{}' is running", &options.device);
-                Err(Error::new(Kind::Source, what))
+                Err(no_writer(options))
             }
             Ok(writers) => Ok(Self { writers: Some(writers), ..gathered }),
             // Without the folder there are no writers to be found, and a source that changes will be noticed.
@@ -344,6 +349,10 @@ impl Gathered {
             Err(error) => Err(error),
         }
     }
+}
+
+fn no_writer(options: &Options) -> Error {
+    Error::new(Kind::Source, format!("no cooperating writer of '{}' is running", options.device))
 }
 
 fn fingerprints(origin: &Origin) -> Result<Vec<Fingerprint>> {

@@ -102,6 +102,8 @@ pub struct Options {
     pub cbw_timeout: Duration,
     /// When it can't be.
     pub on_cbw_error: OnCbwError,
+    /// In which a lost server of an end that is reached over a network must be back.
+    pub reconnect: Duration,
     /// When background reads fail.
     pub on_source_error: OnError,
     /// When background writes fail.

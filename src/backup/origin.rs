@@ -1,12 +1,21 @@
 //! Where the copy comes from: the source with every file that it is made of.
 
 use super::options::Options;
+#[cfg(feature = "nbd")]
+use crate::error::Side;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::image::format::Format;
 use crate::image::identity;
+use crate::image::location::Location;
+#[cfg(feature = "nbd")]
+use crate::image::nbd::{Nbd, Use};
+#[cfg(feature = "nbd")]
+use crate::image::open::open_elsewhere;
 use crate::image::open::{Source, SourceFile, SourceOptions, open_source};
 use crate::monitor::Warning;
+#[cfg(feature = "nbd")]
+use crate::nbd::uri::Uri;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -22,8 +31,21 @@ impl Origin {
     }
 
     fn source(options: &Options) -> Result<Source> {
+        let path = match &options.device {
+            Location::Path(path) => path,
+            #[cfg(feature = "nbd")]
+            Location::Nbd(uri) => return Self::of_nbd(options, uri),
+        };
         let how = SourceOptions { format: options.source_format, backing: options.backing, direct: options.direct };
-        open_source(options.device.name(), &how)
+        open_source(path, &how)
+    }
+
+    /// An export is the disk itself, unless somebody says otherwise: its guest may have written any header.
+    #[cfg(feature = "nbd")]
+    fn of_nbd(options: &Options, uri: &Uri) -> Result<Source> {
+        let usage = Use { side: Side::Source, flushes: false, reconnect: options.reconnect };
+        let image = Arc::new(Nbd::open(uri, usage)?);
+        open_elsewhere(image, options.device.name(), options.source_format.unwrap_or(Format::Raw))
     }
 
     /// The disk's contents, from tables that are read again.
@@ -65,5 +87,10 @@ impl Origin {
     pub fn refuse_as_target(&self, target: &Path) -> Result<()> {
         let files: Vec<&Path> = self.files().iter().map(|file| file.path.as_path()).collect();
         identity::refuse_same(target, &files)
+    }
+
+    /// Whether anybody can tell if it changes: nobody sees who writes behind a server.
+    pub fn is_watched(&self) -> bool {
+        !self.files().is_empty()
     }
 }

@@ -160,6 +160,13 @@ pub struct Args {
     #[arg(long, value_name = "POLICY", default_value = "break-snapshot", help_heading = INSTANT)]
     pub on_cbw_error: CbwPolicy,
 
+    /// In how many seconds a lost NBD server must be back
+    ///
+    /// Until then requests wait, and what was under way is done again. A target's writes that no flush covers yet are
+    /// written again too, since a server that was restarted may have lost them.
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds, default_value = "10", help_heading = FAILURE)]
+    pub reconnect_delay: Duration,
+
     /// What a read error of the source does
     #[arg(long, value_name = "POLICY", default_value = "report", help_heading = FAILURE)]
     pub on_source_error: Policy,

@@ -133,6 +133,7 @@ fn options(args: &Args, device: &Path, target: &Path) -> Result<Options> {
             CbwPolicy::BreakSnapshot => OnCbwError::BreakSnapshot,
             CbwPolicy::BreakGuestWrite => OnCbwError::BreakGuestWrite,
         },
+        reconnect: args.reconnect_delay,
         on_source_error: args.on_source_error.into(),
         on_target_error: args.on_target_error.into(),
     })

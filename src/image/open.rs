@@ -85,6 +85,26 @@ pub fn open_source(path: &Path, options: &SourceOptions) -> Result<Source> {
     Ok(Source { virtual_size: image.length(), image, format, files, warnings })
 }
 
+/// A source whose bytes are `image`, which is no file of this machine; `name` is for messages. Not probed. A qcow2 with
+/// a backing or data file is refused: the names in it are another machine's.
+pub fn open_elsewhere(image: Arc<dyn Image>, name: &Path, format: Format) -> Result<Source> {
+    let options = &SourceOptions { format: Some(format), backing: false, direct: false };
+    let mut opening = Opening { options, files: Vec::new(), warnings: Vec::new(), cache: Cache::default(), l1_size: 0 };
+    let image = match format {
+        Format::Raw => image,
+        Format::Qcow2 => {
+            let header = Qcow2::header_of(&*image).map_err(|e| Error::file(Side::Source, "open", name, e))?;
+            if header.backing.is_some() || header.has(incompatible::DATA_FILE) {
+                let name = name.display();
+                return Err(refusal(format!("source '{name}' names other files, which are not to be had from here")));
+            }
+            let (layer, _) = opening.layer(name, image, 0)?;
+            Arc::new(Chain::new(vec![layer]))
+        }
+    };
+    Ok(Source { virtual_size: image.length(), image, format, files: Vec::new(), warnings: opening.warnings })
+}
+
 /// What is behind a qcow2 image that is written in place.
 pub struct Backing {
     /// As its guest sees it, without what the image itself holds.

@@ -54,10 +54,9 @@ pub struct TlsChoice {
 }
 
 impl Uri {
-    /// Whether `text` is meant as the URI of an NBD export, right or wrong. A path is not: it would begin with `./`.
-    pub fn is_meant(text: &str) -> bool {
-        let scheme = text.split_once(':').map_or("", |(scheme, _)| scheme).to_ascii_lowercase();
-        ["nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock"].contains(&scheme.as_str())
+    /// As it was given.
+    pub fn text(&self) -> &str {
+        &self.text
     }
 }
 
@@ -294,7 +293,6 @@ mod tests {
             let found = uri(text);
             assert_eq!((&found.address, found.export.as_str(), &found.tls), (&address, export, &None), "{text}");
             assert_eq!(found.to_string(), text);
-            assert!(Uri::is_meant(text));
         }
     }
 
@@ -351,13 +349,6 @@ mod tests {
             "NBD URI 'nbds://…@h/x': a user name is for TLS with pre-shared keys, which is not supported"
         );
         assert!(!refusal("nbdx://alice:secret@h/x").contains("secret"));
-    }
-
-    #[test]
-    fn a_path_is_not_meant_as_a_uri() {
-        for path in ["disk.raw", "/dev/nbd0", "nbd", "./nbd://h", "rbd:pool/image", ""] {
-            assert!(!Uri::is_meant(path), "{path}");
-        }
     }
 
     proptest! {

@@ -111,6 +111,7 @@ pub fn options(device: &Path, target: &Path, folder: &Path) -> Options {
         overlay: OverlayPlace::Memory,
         overlay_limit: None,
         freeze_timeout: HANGS,
+        reconnect: HANGS,
         cbw_timeout: HANGS,
         on_cbw_error: OnCbwError::BreakSnapshot,
         on_source_error: OnError::Report,

@@ -67,12 +67,14 @@ pub fn started(started: &Started) -> String {
         TargetKind::File => "new file",
         TargetKind::Existing => "existing image, in place",
         TargetKind::Device => "device, in place",
+        TargetKind::Export => "NBD export, in place",
         TargetKind::Stdout => "stream",
     };
     let instant = match started.instant {
         Instant::Unchanging => "the source must not change",
         Instant::Reflink => "a clone by the file system",
         Instant::Frozen => "its writers were frozen",
+        Instant::Unwatched => "the source must not change, which nobody can see behind a server",
         Instant::Unchecked => "the source may change",
     };
     let (device, size) = (started.device.display(), Bytes(started.virtual_size));

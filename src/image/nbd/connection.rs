@@ -8,7 +8,7 @@
 
 use super::handshake::{Export, negotiate};
 use super::reply::{Covered, Head, Sink};
-use crate::nbd::protocol::{Chunk, Request, SimpleReply, CHUNK_MAGIC, command};
+use crate::nbd::protocol::{CHUNK_MAGIC, Chunk, Request, SimpleReply, command};
 use crate::nbd::stream::Stream;
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
@@ -191,9 +191,9 @@ impl Connection {
                     None => Ok(()),
                 };
             }
+            let wake = Arc::clone(&call.wake);
             let head = state.handed.take_if(|head| head.cookie() >> 16 == id);
             if head.is_none() && state.is_reading {
-                let wake = Arc::clone(&call.wake);
                 state = wake.wait(state).expect("nothing panics under this lock");
                 continue;
             }

@@ -25,9 +25,10 @@ impl Extents {
     /// The first extent of `range`, if an answer covers its first byte.
     pub fn find(&self, range: ByteRange) -> Option<Extent> {
         let answers = self.answers.lock().expect("nothing panics under this lock");
-        let found = answers.iter().rev().find(|answer| {
-            answer.range.offset <= range.offset && range.offset < answer.range.end()
-        })?;
+        let found = answers
+            .iter()
+            .rev()
+            .find(|answer| answer.range.offset <= range.offset && range.offset < answer.range.end())?;
         let at = found.runs.partition_point(|(end, _)| *end <= range.offset);
         let (end, allocation) = found.runs[at];
         Some(Extent { range: ByteRange::between(range.offset, end.min(range.end())), allocation })

@@ -62,11 +62,8 @@ pub fn negotiate(stream: Stream, ask: &Ask) -> io::Result<(Stream, Export)> {
     if let Some(tls) = &ask.tls {
         talk = talk.start_tls(tls)?;
     }
-    let mut export = if flags & handshake::FIXED_NEWSTYLE == 0 {
-        talk.export_name(ask, flags)?
-    } else {
-        talk.choose(ask, flags)?
-    };
+    let mut export =
+        if flags & handshake::FIXED_NEWSTYLE == 0 { talk.export_name(ask, flags)? } else { talk.choose(ask, flags)? };
     check(&mut export)?;
     talk.stream.set_read_timeout(None)?;
     talk.stream.set_write_timeout(None)?;
@@ -108,7 +105,9 @@ impl Talk {
         let structured = self.ask(option::STRUCTURED_REPLY, &[])?;
         let structured = match structured.kind {
             option_reply::ACK => true,
-            option_reply::ERR_TLS_REQD => return Err(denied("the server wants TLS: write nbds, with tls-certificates")),
+            option_reply::ERR_TLS_REQD => {
+                return Err(denied("the server wants TLS: write nbds, with tls-certificates"));
+            }
             _ => false,
         };
         let context = if structured { self.context(&ask.export)? } else { None };

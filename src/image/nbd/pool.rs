@@ -46,6 +46,8 @@ pub struct Pool {
     /// Since when nothing has been answered.
     outage: Mutex<Option<Instant>>,
     unflushed: Mutex<Unflushed>,
+    /// Only one writes again what may be lost: another one could do so after newer changes.
+    restoring: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -74,9 +76,20 @@ impl Pool {
         let count = if export.has(transmission::CAN_MULTI_CONN) { CONNECTIONS } else { 1 };
         let slots: Vec<Slot> = (0..count).map(|_| Slot::default()).collect();
         *slots[0].connection.lock().expect("new") = Some(Arc::new(first));
-        let unflushed = Mutex::new(Unflushed { is_restored: true, ..Unflushed::default() });
+        let unflushed = Mutex::new(Unflushed::new());
         let usable = AtomicUsize::new(count);
-        Ok(Self { dial, ask, terms, export, is_target, slots, usable, outage: Mutex::default(), unflushed })
+        Ok(Self {
+            dial,
+            ask,
+            terms,
+            export,
+            is_target,
+            slots,
+            usable,
+            outage: Mutex::default(),
+            unflushed,
+            restoring: Mutex::default(),
+        })
     }
 
     /// The export.
@@ -126,23 +139,24 @@ impl Pool {
         mut work: impl FnMut(&Connection) -> Result<(), Fault>,
     ) -> io::Result<()> {
         let mut kept = Some(kept);
+        let mut change = None;
         self.run(|connection| {
             work(connection)?;
+            if let Some(kept) = kept.take() {
+                change = Some(kept());
+            }
             let mut unflushed = self.unflushed();
             if unflushed.epoch != connection.epoch {
                 return Err(Fault::Lost(io::Error::other("the server may have been restarted")));
             }
-            if let Some(kept) = kept.take() {
-                // Before the copy is made the lock need not be held, but the order of changes counts.
-                unflushed.add(kept());
-            }
+            change.take().into_iter().for_each(|change| unflushed.add(change));
             Ok(())
         })
     }
 
     /// Everything that was changed before is durable afterwards, on this server or the one that came after it.
     pub fn flush(&self) -> io::Result<()> {
-        let result = self.run(|connection| {
+        self.run(|connection| {
             self.unflushed().begin_flush();
             let result = connection.ask(Ask::Plain(command::FLUSH), 0, 0);
             let mut unflushed = self.unflushed();
@@ -152,8 +166,7 @@ impl Pool {
                 Ok(()) if !is_same => Err(Fault::Lost(io::Error::other("the server may have been restarted"))),
                 other => other,
             }
-        });
-        result
+        })
     }
 
     /// So much is kept that a flush is due.
@@ -221,6 +234,7 @@ impl Pool {
 
     /// Writes again what the server may have lost, before anybody goes on.
     fn restore(&self, connection: &Connection) -> Result<(), Unreachable> {
+        let _one = self.restoring.lock().expect("nothing panics under this lock");
         let changes = {
             let unflushed = self.unflushed();
             if unflushed.is_restored && unflushed.epoch == connection.epoch {

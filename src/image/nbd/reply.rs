@@ -144,8 +144,10 @@ impl Sink<'_> {
         let piece = self.piece(index);
         match self {
             Self::Nothing => Ok(()),
-            Self::Data { covered, .. } if covered[index].is_whole(piece) => Ok(()),
-            Self::Data { .. } => Err(wrong(format!("less than {piece}, which was asked for"))),
+            Self::Data { covered, .. } => match covered[index].is_whole(piece) {
+                true => Ok(()),
+                false => Err(wrong(format!("less than {piece}, which was asked for"))),
+            },
             Self::Extents { extents, .. } if extents.is_empty() => Err(wrong("no extents")),
             Self::Extents { .. } => Ok(()),
         }
@@ -168,9 +170,7 @@ impl Sink<'_> {
             Self::Nothing => Ok(()),
             // Section "Structured reply chunk message": a read must then be answered in chunks.
             Self::Data { .. } if structured => Err(wrong("data in a simple reply")),
-            Self::Data { .. } => {
-                fill(self.part(index, piece)?)
-            }
+            Self::Data { .. } => fill(self.part(index, piece)?),
             Self::Extents { .. } => Err(wrong("a simple reply to a block status")),
         }
     }

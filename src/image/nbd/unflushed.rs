@@ -43,6 +43,11 @@ pub struct Unflushed {
 }
 
 impl Unflushed {
+    /// Of a disk that nobody has changed yet.
+    pub fn new() -> Self {
+        Self { is_restored: true, ..Self::default() }
+    }
+
     /// A change that the server has answered; `None`: too much to keep.
     pub fn add(&mut self, change: Option<Change>) {
         match change {
