@@ -26,7 +26,7 @@ _drive__backup() {
 
     case "${cmd}" in
         drive__backup)
-            opts="-q -v -h -V --device --source-format --no-backing --allow-inconsistent --target --format --mode --cluster-size --compress --sparse --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --on-source-error --on-target-error --json --progress --progress-interval --quiet --verbose --help --version serve"
+            opts="-q -v -h -V --device --source-format --no-backing --allow-inconsistent --target --format --mode --cluster-size --compress --sparse --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --on-source-error --on-target-error --json --progress --progress-interval --quiet --verbose --help --version serve"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -142,6 +142,10 @@ _drive__backup() {
                     ;;
                 --on-cbw-error)
                     COMPREPLY=($(compgen -W "break-snapshot break-guest-write" -- "${cur}"))
+                    return 0
+                    ;;
+                --reconnect-delay)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --on-source-error)

@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_drive_backup_global_optspecs
-    string join \n device= source-format= no-backing allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= on-source-error= on-target-error= json progress= progress-interval= q/quiet v/verbose h/help V/version
+    string join \n device= source-format= no-backing allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= on-source-error= on-target-error= json progress= progress-interval= q/quiet v/verbose h/help V/version
 end
 
 function __fish_drive_backup_needs_command
@@ -54,6 +54,7 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -l freeze-timeou
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l cbw-timeout -d 'In how many seconds the old contents must be saved for a waiting write' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-cbw-error -d 'What happens when they can\'t be' -r -f -a "break-snapshot\t'The write goes on, the backup fails: exit status 6'
 break-guest-write\t'The write fails, the backup goes on'"
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l reconnect-delay -d 'In how many seconds a lost NBD server must be back' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-source-error -d 'What a read error of the source does' -r -f -a "report\t'End with the error'
 ignore\t'Go on: an unreadable source range becomes zeroes, an unwritable target range is skipped; exit status 3'
 enospc\t'Stop when the target is full, else report'
