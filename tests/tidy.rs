@@ -22,7 +22,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("snapshot::preserve", 4),
     ("nbd::payload", 1),
     ("nbd::protocol", 1),
-    ("nbd", 3),
+    ("nbd", 2),
     ("image", 3),
     ("ring", 3),
     ("ring::server", 4),
