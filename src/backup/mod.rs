@@ -6,6 +6,7 @@ mod instant;
 mod options;
 mod origin;
 mod outcome;
+mod view;
 
 pub use crate::ring::server::OnCbwError;
 pub use options::{Mode, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};

@@ -1,6 +1,7 @@
 //! Where the copy comes from: the source with every file that it is made of.
 
 use super::options::Options;
+use super::view;
 #[cfg(feature = "nbd")]
 use crate::error::Side;
 use crate::error::{Error, Kind, Result};
@@ -37,7 +38,10 @@ impl Origin {
             Location::Nbd(uri) => return Self::of_nbd(options, uri),
         };
         let how = SourceOptions { format: options.source_format, backing: options.backing, direct: options.direct };
-        open_source(path, &how)
+        match view::image_behind(options, path)? {
+            Some(shown) => view::open(path, &shown, how),
+            None => open_source(path, &how),
+        }
     }
 
     /// An export is the disk itself, unless somebody says otherwise: its guest may have written any header.

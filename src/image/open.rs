@@ -71,8 +71,13 @@ pub struct Source {
 /// Blocks. Errors are of [`Kind::Source`] and name the file, and the image that names it. Only the image itself is
 /// probed: a backing file without a recorded format is raw.
 pub fn open_source(path: &Path, options: &SourceOptions) -> Result<Source> {
+    open_covered(path, path, options)
+}
+
+/// [`open_source`] of an image that `through` leads to, in place of `path`, which names it and its backing files' folder.
+pub fn open_covered(path: &Path, through: &Path, options: &SourceOptions) -> Result<Source> {
     let mut opening = Opening { options, files: Vec::new(), warnings: Vec::new(), cache: Cache::default(), l1_size: 0 };
-    let first = opening.file(path, Role::Image)?;
+    let first = opening.file_through(path, through, Role::Image)?;
     let format = match options.format {
         Some(format) => format,
         None => opening.probe(path, &first)?,
@@ -149,7 +154,11 @@ struct Link {
 
 impl Opening<'_> {
     fn file(&mut self, path: &Path, role: Role) -> Result<Arc<dyn Image>> {
-        let mut raw = Raw::open(path, Side::Source)?;
+        self.file_through(path, path, role)
+    }
+
+    fn file_through(&mut self, path: &Path, through: &Path, role: Role) -> Result<Arc<dyn Image>> {
+        let mut raw = Raw::open(through, Side::Source)?;
         if self.options.direct {
             raw = raw.with_direct().map_err(|e| Error::file(Side::Source, "open", path, e))?;
         }

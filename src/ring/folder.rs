@@ -5,12 +5,15 @@
 //! | `writer-DISK-N` | a socket; a writer listens | the writer lives: a connection is accepted |
 //! | `backup-DISK-N` | a file; a backup announces itself | the backup lives: it holds a lock (flock) on it |
 //! | `unattached-DISK-N` | a file; a writer began without being attached to backup N | backup N lives |
-//! | `new-N` | one of the first two, not ready yet | a moment |
+//! | `image-DISK-N` | a file, see [`shown`]; DISK is a view of an image that is served | the server lives: it holds a lock on it |
+//! | `new-N` | one of these, not ready yet | a moment |
 //!
 //! DISK is `f` and device and inode of a file, or `b` and the number of a block device. N is a random number. A name
 //! appears by a rename, when what it names is ready: a socket listens, an announcement is locked. Both sides announce
 //! themselves first and look for the other then, so one of them at least sees the other. What a dead process left is
 //! removed by whoever finds it.
+
+pub mod shown;
 
 use super::socket;
 use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, Stat};

@@ -19,9 +19,11 @@ use crate::image::qcow2::ExistingQcow2;
 use crate::image::raw::Raw;
 use crate::image::target::{InPlace, open_alone};
 use crate::image::{Image, Properties};
-use crate::ring::folder;
+use crate::ring::folder::shown::Sign;
+use crate::ring::folder::{self, Folder};
 use crate::writer::{Write, Writer};
 use rustix::io::Errno;
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -74,6 +76,9 @@ pub struct Disk {
     image: Arc<dyn Image>,
     /// The image itself, where its bytes are the disk's.
     raw: Option<Arc<Raw>>,
+    /// The image's own file or device.
+    container: Option<Arc<Raw>>,
+    writer_dir: Option<PathBuf>,
     /// What the first sector looked like, where that decided the format.
     guess: Option<Mutex<Probe>>,
     warnings: Vec<String>,
@@ -110,8 +115,9 @@ impl Disk {
             let image = image.clone();
             writer.on_freeze(move || image.flush());
         }
+        let container = Some(raw.clone());
         let raw = (format == Format::Raw).then_some(raw);
-        Ok(Self { writer: Some(writer), raw, guess, ..Self::of(options, format, image, locks) })
+        Ok(Self { writer: Some(writer), raw, guess, container, ..Self::of(options, format, image, locks) })
     }
 
     fn open_read_only(options: &DiskOptions) -> Result<Self> {
@@ -125,7 +131,8 @@ impl Disk {
         let source = open_source(path, &how)?;
         let mut locks = Locks { warnings: source.warnings, locks: Vec::new() };
         locks.read(&source.files)?;
-        Ok(Self::of(options, source.format, source.image, locks))
+        let container = source.files.first().map(|file| file.raw.clone());
+        Ok(Self { container, ..Self::of(options, source.format, source.image, locks) })
     }
 
     fn of(options: &DiskOptions, format: Format, image: Arc<dyn Image>, locks: Locks) -> Self {
@@ -138,6 +145,8 @@ impl Disk {
             writer: None,
             image,
             raw: None,
+            container: None,
+            writer_dir: options.writer_dir.clone(),
             guess: None,
             warnings: locks.warnings,
             _locks: locks.locks,
@@ -177,6 +186,22 @@ impl Disk {
     /// What its user should know: full lines.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// The image's own file or device, whatever covers its path; `None` where there is none.
+    pub fn file(&self) -> Option<&File> {
+        self.container.as_ref().map(|raw| raw.as_file())
+    }
+
+    /// Lets a backup of `view`, a file that a front-end makes of this disk, find the image, and with it this writer.
+    /// `None`: no backup can attach anyhow.
+    pub fn show_as(&self, view: folder::Disk) -> Result<Option<Sign>> {
+        let (Some(_), Some(file)) = (&self.writer, self.file()) else { return Ok(None) };
+        let path = self.writer_dir.clone().unwrap_or_else(folder::default_path);
+        let shown = std::path::absolute(&self.path)
+            .and_then(|image| Folder::open(&path)?.show(view, file, self.format.name(), &image))
+            .map_err(|e| Error::system(Kind::Other, format!("use writer folder '{}'", path.display()), e))?;
+        Ok(Some(shown))
     }
 
     /// Limits of requests.

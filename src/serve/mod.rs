@@ -24,6 +24,8 @@
 //!   stop flushes the disks.
 
 pub mod disk;
+#[cfg(feature = "fuse")]
+pub mod fuse;
 pub mod socket;
 #[cfg(feature = "vhost-user")]
 pub mod vhost_user;
