@@ -14,12 +14,22 @@ pub fn check(plan: &Plan) -> Result<()> {
     let wanted = [
         ("--nbd", !plan.nbd.is_empty(), false),
         ("--vhost-user", !plan.vhost_user.is_empty(), cfg!(feature = "vhost-user")),
-        ("--fuse", !plan.fuse.is_empty(), false),
+        ("--fuse", !plan.fuse.is_empty(), cfg!(feature = "fuse")),
     ];
     match wanted.iter().find(|(_, is_wanted, is_built)| *is_wanted && !is_built) {
         Some((flag, ..)) => Err(Error::new(Kind::Usage, format!("{flag} is not built into this drive-backup"))),
-        None => Ok(()),
+        None => clear(plan),
     }
+}
+
+/// Undoes what killed servers left: an image that a dead mount covers can't be opened.
+fn clear(plan: &Plan) -> Result<()> {
+    #[cfg(feature = "fuse")]
+    for (_, path) in &plan.fuse {
+        crate::serve::fuse::clear_stale(path)?;
+    }
+    let _ = plan;
+    Ok(())
 }
 
 /// All of them, or none: those that were started before one that fails are dropped.
@@ -31,6 +41,10 @@ pub fn start(plan: &Plan, disks: &[Arc<Disk>], notify: &Notify) -> Result<FrontE
     for (disk, path) in &plan.vhost_user {
         use crate::serve::vhost_user::{MOST_QUEUES, start};
         front_ends.push(start(disks[*disk].clone(), path, MOST_QUEUES, notify.clone())?);
+    }
+    #[cfg(feature = "fuse")]
+    for (disk, path) in &plan.fuse {
+        front_ends.push(crate::serve::fuse::start(disks[*disk].clone(), path, notify.clone())?);
     }
     Ok(front_ends)
 }

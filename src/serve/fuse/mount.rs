@@ -129,12 +129,12 @@ fn parent_canonical(path: &Path) -> io::Result<PathBuf> {
 
 /// Whether the last mount at `point` is one of ours (proc_pid_mountinfo(5)).
 fn is_ours(table: &[u8], point: &Path) -> bool {
-    let lines = table.split(|byte| *byte == b'\n').filter_map(|line| {
+    let mut lines = table.split(|byte| *byte == b'\n').filter_map(|line| {
         let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
         let dash = fields.iter().position(|field| *field == b"-")?;
         Some((unescape(fields.get(4)?), *fields.get(dash + 1)?, *fields.get(dash + 2)?))
     });
-    let last = lines.filter(|(at, ..)| at.as_bytes() == point.as_os_str().as_bytes()).last();
+    let last = lines.rfind(|(at, ..)| at.as_bytes() == point.as_os_str().as_bytes());
     last.is_some_and(|(_, kind, source)| kind.starts_with(b"fuse") && source == NAME.as_bytes())
 }
 

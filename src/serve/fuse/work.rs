@@ -192,7 +192,7 @@ mod tests {
         let held = Arc::new(Mutex::new(held));
         for _ in 0..MOST_THREADS - 1 {
             let held = held.clone();
-            work.hand_over(1, move || drop(held.lock().unwrap().recv()));
+            work.hand_over(1, move || assert!(held.lock().unwrap().recv().is_err()));
         }
         let (done, is_done) = channel();
         work.hand_over(1, move || done.send(()).unwrap());
