@@ -134,6 +134,16 @@ impl Raw {
         self.wrote(range)
     }
 
+    /// Makes `range` of a file read as zeroes where the file system does that without bytes; with its space kept unless it
+    /// `may_unmap`. False, and nothing has changed, where it takes bytes. What a device does is not known: false.
+    pub fn write_zeroes_fast(&self, range: ByteRange, may_unmap: bool) -> io::Result<bool> {
+        if self.medium != Medium::File {
+            return Ok(false);
+        }
+        self.forget_data();
+        if may_unmap { self.holes.zero(&self.file, range) } else { self.holes.zero_allocated(&self.file, range) }
+    }
+
     /// The file or device itself.
     pub fn as_file(&self) -> &File {
         &self.file

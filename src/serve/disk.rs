@@ -22,9 +22,9 @@ use crate::image::{Image, Properties};
 use crate::ring::folder::shown::Sign;
 use crate::ring::folder::{self, Folder};
 use crate::writer::{Write, Writer};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -234,6 +234,23 @@ impl Disk {
         if buf.is_empty() { Ok(()) } else { self.image.read_at(buf, offset) }
     }
 
+    /// The disk's bytes are a file's or a device's, so that requests hardly ever wait where the page cache has them.
+    pub fn is_plain(&self) -> bool {
+        self.image.file().is_some()
+    }
+
+    /// [`Disk::read`] without waiting. False, with any bytes in `buf`, where the page cache has not all of them, or can't say.
+    pub fn read_cached(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        self.checked(offset, buf.len(), Errno::INVAL)?;
+        let Some(file) = self.image.file() else { return Ok(false) };
+        let length = buf.len();
+        match rustix::io::preadv2(file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT) {
+            Ok(read) => Ok(read == length),
+            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
     /// Writes all of `buf` at byte `offset`. Blocks; not durable before [`Disk::flush`].
     pub fn write(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let range = self.checked(offset, buf.len(), Errno::NOSPC)?;
@@ -250,6 +267,16 @@ impl Disk {
             _ if may_unmap => self.image.write_zeroes(range),
             Some(raw) => raw.write_zeroes_allocated(range),
             None => self.write_zero_bytes(range),
+        }
+    }
+
+    /// [`Disk::write_zeroes`] where that takes no bytes; else ENOTSUP, and nothing has changed but parts of `range` to zeroes.
+    pub fn write_zeroes_fast(&self, range: ByteRange, may_unmap: bool) -> io::Result<()> {
+        self.check(range, Errno::NOSPC)?;
+        let Some(_bracket) = self.change(range)? else { return Ok(()) };
+        match &self.raw {
+            Some(raw) if raw.write_zeroes_fast(range, may_unmap)? => Ok(()),
+            _ => Err(Errno::OPNOTSUPP.into()),
         }
     }
 

@@ -26,6 +26,8 @@
 pub mod disk;
 #[cfg(feature = "fuse")]
 pub mod fuse;
+#[cfg(feature = "nbd")]
+pub mod nbd;
 pub mod socket;
 #[cfg(feature = "vhost-user")]
 pub mod vhost_user;

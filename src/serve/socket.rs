@@ -3,10 +3,14 @@
 use crate::error::{Error, Kind, Result};
 use crate::image::medium::Identity;
 use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+
+/// Clients that wait to be let in.
+const BACKLOG: i32 = 128;
 
 /// A listening socket with its name, which is removed when this is dropped.
 #[derive(Debug)]
@@ -21,15 +25,16 @@ impl Bound {
     /// no socket, or the path can't be one.
     pub fn at(path: &Path) -> Result<Self> {
         let failed = |e: io::Error| match e.kind() {
-            io::ErrorKind::InvalidInput | io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-                Error::system(Kind::Usage, format!("listen at '{}'", path.display()), e)
-            }
+            io::ErrorKind::InvalidInput
+            | io::ErrorKind::InvalidFilename
+            | io::ErrorKind::NotFound
+            | io::ErrorKind::NotADirectory => Error::system(Kind::Usage, format!("listen at '{}'", path.display()), e),
             _ => Error::system(Kind::Other, format!("listen at '{}'", path.display()), e),
         };
         // Of two servers that find a dead one's socket only one may remove it.
         let _turn = lock_folder(path).map_err(failed)?;
         remove_stale(path, failed)?;
-        let listener = UnixListener::bind(path).map_err(failed)?;
+        let listener = listen(path).map_err(failed)?;
         let identity = std::fs::symlink_metadata(path).map(|found| Identity::of(&found)).map_err(failed)?;
         Ok(Self { listener, path: path.to_owned(), identity })
     }
@@ -53,6 +58,17 @@ impl Drop for Bound {
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// Only for its owner: what may connect may write the disk. On Linux the name gets the mode of the unbound socket, so that there is
+/// no moment at which others could connect.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// Held until it is closed.

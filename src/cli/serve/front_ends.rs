@@ -12,7 +12,7 @@ pub type FrontEnds = Vec<Box<dyn FrontEnd>>;
 /// Refuses what this binary can't do, before anything is opened.
 pub fn check(plan: &Plan) -> Result<()> {
     let wanted = [
-        ("--nbd", !plan.nbd.is_empty(), false),
+        ("--nbd", !plan.nbd.is_empty(), cfg!(feature = "nbd")),
         ("--vhost-user", !plan.vhost_user.is_empty(), cfg!(feature = "vhost-user")),
         ("--fuse", !plan.fuse.is_empty(), cfg!(feature = "fuse")),
     ];
@@ -37,6 +37,12 @@ pub fn start(plan: &Plan, disks: &[Arc<Disk>], notify: &Notify) -> Result<FrontE
     #[allow(unused_mut, reason = "a binary without front-ends")]
     let mut front_ends = FrontEnds::new();
     let _ = (plan, disks, notify);
+    #[cfg(feature = "nbd")]
+    if !plan.nbd.is_empty() {
+        use crate::serve::nbd::{NbdOptions, start};
+        let options = NbdOptions { tls_dir: plan.tls_dir.clone(), max_connections: plan.max_connections };
+        front_ends.extend(start(disks, &plan.nbd, &options, notify)?);
+    }
     #[cfg(feature = "vhost-user")]
     for (disk, path) in &plan.vhost_user {
         use crate::serve::vhost_user::{MOST_QUEUES, start};

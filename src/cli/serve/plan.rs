@@ -16,10 +16,10 @@ pub struct Plan {
     /// NBD addresses, as given.
     pub nbd: Vec<String>,
     /// For NBD.
-    #[expect(dead_code, reason = "the NBD server takes it")]
+    #[cfg_attr(not(feature = "nbd"), expect(dead_code, reason = "the NBD server takes it"))]
     pub tls_dir: Option<PathBuf>,
     /// For NBD.
-    #[expect(dead_code, reason = "the NBD server takes it")]
+    #[cfg_attr(not(feature = "nbd"), expect(dead_code, reason = "the NBD server takes it"))]
     pub max_connections: u32,
     /// A disk's place, and the socket.
     pub vhost_user: Vec<(usize, PathBuf)>,
