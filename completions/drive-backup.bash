@@ -26,7 +26,7 @@ _drive__backup() {
 
     case "${cmd}" in
         drive__backup)
-            opts="-q -v -h -V --device --source-format --no-backing --allow-inconsistent --target --format --mode --cluster-size --compress --sparse --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --on-source-error --on-target-error --json --progress --progress-interval --quiet --verbose --help --version serve"
+            opts="-q -v -h -V --device --source-format --no-backing --allow-inconsistent --target --format --mode --cluster-size --compress --sparse --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --on-source-error --on-target-error --json --progress --progress-interval --status-file --metrics-file --quiet --verbose --help --version serve"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -162,6 +162,36 @@ _drive__backup() {
                     ;;
                 --progress-interval)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --status-file)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
+                    return 0
+                    ;;
+                --metrics-file)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
                     return 0
                     ;;
                 *)

@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_drive_backup_global_optspecs
-    string join \n device= source-format= no-backing allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= on-source-error= on-target-error= json progress= progress-interval= q/quiet v/verbose h/help V/version
+    string join \n device= source-format= no-backing allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= q/quiet v/verbose h/help V/version
 end
 
 function __fish_drive_backup_needs_command
@@ -68,6 +68,8 @@ bar\t'A bar; plain lines where standard error is no terminal'
 plain\t'A line every 30 seconds and one at the end'
 none\t'None'"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l progress-interval -d 'Time between JSON status records (1 by default) and between plain lines (30 by default)' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l status-file -d 'Keep the newest JSON record in a file, replaced as a whole; of several disks, a line for each' -r -F
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l metrics-file -d 'When the run ends, however it does, write how it went for Prometheus\'s node_exporter (FILE.prom in its folder)' -r -F
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l no-backing -d 'Refuse a source that has a backing file'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l allow-inconsistent -d 'Accept a source that changes while it is copied; the copy may then be torn, and the summary says so'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l no-fsync -d 'Do not flush the target; a success then promises nothing about a power cut'

@@ -28,7 +28,7 @@ const SIGHT: &str = "What you see";
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, disable_help_subcommand = true)]
 #[command(
     after_help = "Exit status: 0 complete and durable, 2 bad arguments, 3 complete but for unreadable ranges, 4 source, \
-    5 target, 6 point in time lost, 7 verification, 8 busy, 128+N signal N, 1 anything else. See drive-backup(1)."
+    5 target, 6 point in time lost, 7 verification, 8 busy, 10 out of time, 128+N signal N, 1 anything else. See drive-backup(1)."
 )]
 pub struct Args {
     /// Something other than a backup.
@@ -187,6 +187,18 @@ pub struct Args {
     /// Time between JSON status records (1 by default) and between plain lines (30 by default)
     #[arg(long, value_name = "SECONDS", allow_hyphen_values = true, value_parser = seconds, help_heading = SIGHT)]
     pub progress_interval: Option<Duration>,
+
+    /// Keep the newest JSON record in a file, replaced as a whole; of several disks, a line for each
+    ///
+    /// A file that can't be written is a warning and never the backup's end.
+    #[arg(long, value_name = "FILE", help_heading = SIGHT, value_hint = ValueHint::FilePath)]
+    pub status_file: Option<PathBuf>,
+
+    /// When the run ends, however it does, write how it went for Prometheus's node_exporter (FILE.prom in its folder)
+    ///
+    /// The time of the last success is kept from the file that is there. Give each backup a file of its own.
+    #[arg(long, value_name = "FILE", help_heading = SIGHT, value_hint = ValueHint::FilePath)]
+    pub metrics_file: Option<PathBuf>,
 
     /// Only errors: no progress, no warnings
     #[arg(short, long, help_heading = SIGHT)]

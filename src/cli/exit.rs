@@ -27,9 +27,14 @@ pub fn of(kind: Kind) -> (u8, &'static str) {
     }
 }
 
+/// A copy was made, though ranges of it may be missing.
+pub fn is_success(code: u8) -> bool {
+    matches!(code, COMPLETE | NOT_WHOLE)
+}
+
 /// The code of several disks: of the first that failed; without one, [`NOT_WHOLE`] if ranges of any are missing.
 pub fn of_all(codes: impl IntoIterator<Item = u8>) -> u8 {
-    let worse = |code: u8, next| if matches!(code, COMPLETE | NOT_WHOLE) && next != COMPLETE { next } else { code };
+    let worse = |code: u8, next| if is_success(code) && next != COMPLETE { next } else { code };
     codes.into_iter().fold(COMPLETE, worse)
 }
 

@@ -297,6 +297,11 @@ pub fn time(at: std::time::SystemTime) -> String {
     format!("{at:.3}")
 }
 
+/// A name for a run of one disk.
+pub fn new_job() -> String {
+    uuid::Uuid::new_v4().to_string()
+}
+
 /// The errno's name, such as `ENOSPC`.
 pub fn errno_name(errno: i32) -> String {
     format!("{:?}", nix::errno::Errno::from_raw(errno))

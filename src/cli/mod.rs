@@ -12,9 +12,11 @@ mod resolve;
 mod serve;
 mod session;
 mod signals;
+mod signs;
 mod steer;
 mod stream;
 mod sys;
+mod systemd;
 mod usage;
 mod watch;
 
@@ -22,8 +24,10 @@ use crate::backup::{Disk, Ended};
 use crate::error::{Error, Kind};
 use args::{Args, Verb};
 use clap::Parser;
+use progress::People;
 use resolve::{JsonEnd, View};
 use session::{Ends, Session};
+use signs::Files;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use stream::Stream;
@@ -91,7 +95,7 @@ where
         Err(error) => return refuse(arguments, error),
     };
     let speed = plan.steering.first_speed();
-    let session = Session::start(plan.view, speed, &plan.disks, ends(plan.view))?;
+    let session = Session::start(plan.view, speed, &plan.disks, Ends { files: plan.files, ..ends(plan.view) })?;
     match session.own_process(speed).and_then(|()| session.steer(plan.steering)) {
         Ok(()) => Ok(session.run(plan.disks, engine)),
         Err(error) => Ok(session.refuse(&Error::new(Kind::Other, format!("{error:#}")))),
@@ -100,13 +104,15 @@ where
 
 fn refuse(arguments: &[OsString], error: Error) -> anyhow::Result<Ending> {
     let view = usage::view(arguments);
-    Ok(Session::start(view, None, &[], ends(view))?.refuse(&error))
+    let files = usage::files(arguments);
+    Ok(Session::start(view, None, &[], Ends { files, ..ends(view) })?.refuse(&error))
 }
 
 fn ends(view: View) -> Ends {
-    match view.json {
-        None => Ends { json: None, people: Box::new(Stream::err()) },
-        Some(JsonEnd::Stdout) => Ends { json: Some(Box::new(Stream::out())), people: Box::new(Stream::err()) },
-        Some(JsonEnd::Stderr) => Ends { json: Some(Box::new(Stream::err())), people: Box::new(io::sink()) },
-    }
+    let (json, people): (Option<Box<dyn Write + Send>>, _) = match view.json {
+        None => (None, People::on_stderr()),
+        Some(JsonEnd::Stdout) => (Some(Box::new(Stream::out())), People::on_stderr()),
+        Some(JsonEnd::Stderr) => (Some(Box::new(Stream::err())), People::at(io::sink())),
+    };
+    Ends { json, people, files: Files::default() }
 }

@@ -74,7 +74,7 @@ impl Records {
         let shared = Arc::new(Shared { queue: Mutex::default(), wake: Condvar::new() });
         let records = Self(Arc::clone(&shared));
         let write = move || {
-            let job = uuid::Uuid::new_v4().to_string();
+            let job = json::new_job();
             write_all(&shared, &job, out);
             written();
         };

@@ -5,6 +5,7 @@ use super::args::{
 };
 use super::pairs;
 use super::progress::Style;
+use super::signs::Files;
 use super::steer::{Course, Steering};
 use crate::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
 use crate::error::{Error, Kind, Result};
@@ -29,6 +30,8 @@ pub struct Plan {
     pub steering: Steering,
     /// For people and programs.
     pub view: View,
+    /// For monitors.
+    pub files: Files,
 }
 
 /// What a run shows.
@@ -77,7 +80,8 @@ pub fn plan(args: Args) -> Result<Plan> {
     let ends = args.device.iter().zip(&args.target);
     let disks = ends.map(|(device, target)| options(&args, device, target)).collect::<Result<_>>()?;
     let steering = Steering { course: course(&args)?, timeout: args.timeout };
-    Ok(Plan { disks, steering, view })
+    let files = Files { status: args.status_file, metrics: args.metrics_file, ..Files::default() };
+    Ok(Plan { disks, steering, view, files })
 }
 
 fn course(args: &Args) -> Result<Course> {
@@ -196,6 +200,14 @@ fn raw_by_request(args: &Args) -> bool {
     let is_raw = |target: &PathBuf| target.extension().is_some_and(|e| e == "raw" || e == "img");
     let by_extension = || args.target.iter().any(is_raw);
     args.format.map_or_else(by_extension, |format| format == ImageFormat::Raw)
+}
+
+/// The target as it was given.
+pub fn target_word(target: &Target) -> String {
+    match target {
+        Target::Stdout => "-".to_owned(),
+        Target::At(location) => location.to_string(),
+    }
 }
 
 /// The target as messages name it.

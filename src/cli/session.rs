@@ -2,12 +2,13 @@
 //! time and says how.
 
 use super::json::{self, Body, ExitError};
-use super::progress::{BadEnd, Display, GoodEnd, Row, Style};
+use super::progress::{BadEnd, Display, GoodEnd, People, Row, Style};
 use super::records::{Lines, Records};
-use super::resolve::{View, target_name};
+use super::resolve::{View, target_name, target_word};
 use super::signals::{self, Request};
+use super::signs::{Files, Run, Signs};
 use super::steer::{self, Steering};
-use super::watch::{Watch, report_status};
+use super::watch::{Outlets, Watch};
 use super::{Ending, exit, keys};
 use crate::backup::{Disk, Ended, Failure, Options, Summary, TargetState};
 use crate::error::{Error, Kind};
@@ -22,7 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// A cancelled engine gets so long to undo what it did; one that hangs in an I/O call never comes back.
 const GRACE: Duration = Duration::from_millis(600);
@@ -40,7 +41,9 @@ pub struct Ends {
     /// JSON lines.
     pub json: Option<Box<dyn Write + Send>>,
     /// Lines for people.
-    pub people: Box<dyn Write + Send>,
+    pub people: People,
+    /// Files for monitors.
+    pub files: Files,
 }
 
 enum Wake {
@@ -82,6 +85,10 @@ struct Watched {
     watch: Arc<Watch>,
     /// As messages name it.
     target: String,
+    /// Device and target as given.
+    ends: [String; 2],
+    /// Where files say how it stands, and its place there.
+    signs: Option<(Signs, usize)>,
     view: View,
     began: Instant,
     status_wanted: Sender<()>,
@@ -117,14 +124,20 @@ impl Session {
         let rows = jobs.iter().enumerate().map(row).collect();
         let display = Display::start(view.style, rows, ends.people, served()).context("start the progress thread")?;
         let lines = ends.json.map(Lines::to);
+        let refused = ends.files.refused.clone();
+        let signs = ends.files.are_wanted().then(|| Signs::start(ends.files, jobs.len(), display.clone(), served()));
+        let signs = signs.transpose().context("start the thread of the files")?;
         let mut watched = Vec::new();
         for (place, job) in jobs.iter().enumerate() {
             let records = lines.clone().map(|lines| Records::to(lines, served())).transpose();
             let records = records.context("start a JSON thread")?;
-            let target = disks.get(place).map_or_else(String::new, |disk| target_name(&disk.target));
-            watched.push(Watched::start(view, Arc::clone(job), target, display.about(name(place)), records)?);
+            let outlets = Outlets { records, signs: signs.clone().map(|signs| (signs, place)), is_first: place == 0 };
+            watched.push(Watched::start(view, Arc::clone(job), disks.get(place), display.about(name(place)), outlets)?);
         }
-        let unserved = 1 + lines.map_or(0, |_| jobs.len());
+        if disks.is_empty() {
+            watched[0].ends = refused;
+        }
+        let unserved = 1 + lines.map_or(0, |_| jobs.len()) + usize::from(signs.is_some());
         Ok(Self { disks: watched, display, wake, woken, unserved, cancelled: None, abandoned: false })
     }
 
@@ -132,7 +145,7 @@ impl Session {
     pub fn own_process(&self, speed: Option<u64>) -> anyhow::Result<()> {
         let display = self.display.clone();
         // The default hook writes to standard error, which may block.
-        std::panic::set_hook(Box::new(move |panic| display.say(&format!("internal error: {panic}"))));
+        std::panic::set_hook(Box::new(move |panic| display.fail(&format!("internal error: {panic}"))));
         let (wake, jobs, display) = (self.wake.clone(), self.jobs(), self.display.clone());
         let status_wanted: Vec<Sender<()>> = self.disks.iter().map(|disk| disk.status_wanted.clone()).collect();
         signals::listen(move |request| match request {
@@ -282,14 +295,15 @@ impl Watched {
     fn start(
         view: View,
         job: Arc<Job>,
-        target: String,
+        disk: Option<&Options>,
         display: Display,
-        records: Option<Records>,
+        outlets: Outlets,
     ) -> anyhow::Result<Self> {
         let (status_wanted, asked) = channel();
-        if let Some(records) = records.clone() {
+        let (records, signs) = (outlets.records.clone(), outlets.signs.clone());
+        if outlets.are_wanted() {
             let (job, interval) = (Arc::clone(&job), view.status_interval);
-            let report = move || report_status(&job, &records, interval, &asked);
+            let report = move || outlets.report_status(&job, interval, &asked);
             thread::Builder::new().name("status".to_owned()).spawn(report).context("start a status thread")?;
         }
         let watch = Arc::new(Watch {
@@ -302,7 +316,9 @@ impl Watched {
             warnings: AtomicU64::new(0),
             fault_lines: AtomicU64::new(0),
         });
-        Ok(Self { job, watch, target, view, began: Instant::now(), status_wanted, code: None })
+        let target = disk.map_or_else(String::new, |disk| target_name(&disk.target));
+        let ends = disk.map_or_else(Default::default, |disk| [disk.device.to_string(), target_word(&disk.target)]);
+        Ok(Self { job, watch, target, ends, signs, view, began: Instant::now(), status_wanted, code: None })
     }
 
     /// Undoes what the engine can't: releases writers, unlinks the partial target. Tells when that is done.
@@ -332,10 +348,20 @@ impl Watched {
                 self.failed(&error, self.state_after(undone), undone, cause)
             }
         };
+        if let Some((signs, place)) = &self.signs {
+            signs.finish(*place, &last, self.run(code));
+        }
         if let Some(records) = &self.watch.records {
             records.finish(last);
         }
         self.code = Some(code);
+    }
+
+    fn run(&self, exit_code: u8) -> Run {
+        let [device, target] = self.ends.clone();
+        let is_success = exit::is_success(exit_code);
+        let (duration, ended) = (self.began.elapsed(), SystemTime::now());
+        Run { device, target, exit_code, is_success, duration, ended, job: self.job.snapshot() }
     }
 
     fn complete(&self, summary: &Summary) -> (u8, Body) {
@@ -344,9 +370,9 @@ impl Watched {
         let rate_avg = (summary.data as f64 / elapsed.as_secs_f64().max(1e-3)) as u64;
         let good = GoodEnd { summary, elapsed, rate_avg };
         let display = &self.watch.display;
-        good.missing().iter().for_each(|line| display.say(line));
+        good.missing().iter().for_each(|line| display.fail(line));
         if !summary.consistent && !self.view.quiet {
-            display.say("warning: the copy may be INCONSISTENT: the source could change while it was copied");
+            display.warn("the copy may be INCONSISTENT: the source could change while it was copied");
         }
         if self.view.verbose || (self.view.style != Style::None && !self.view.quiet) {
             display.say(&good.line());
@@ -395,7 +421,7 @@ impl Watched {
         }
         let begun = self.watch.started.get().is_some();
         let line = BadEnd { message: &message, state, target: &self.target, begun }.line();
-        self.watch.display.say(&line);
+        self.watch.display.fail(&line);
         let body = ExitError {
             exit_code: code,
             reason,

@@ -2,8 +2,10 @@
 
 use super::progress::Style;
 use super::resolve::{JsonEnd, View};
+use super::signs::Files;
 use crate::error::{Error, Kind};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
 const HINT: &str = "try 'drive-backup --help'";
@@ -40,6 +42,29 @@ pub fn view(arguments: &[OsString]) -> View {
         quiet: false,
         verbose: false,
     }
+}
+
+/// The files that arguments ask for which could not be read, or not followed.
+pub fn files(arguments: &[OsString]) -> Files {
+    let value = |flag: &str| value(arguments, flag);
+    let name = |flag: &str| value(flag).map(|value| value.to_string_lossy().into_owned()).unwrap_or_default();
+    Files {
+        status: value("--status-file").map(Into::into),
+        metrics: value("--metrics-file").map(Into::into),
+        refused: [name("--device"), name("--target")],
+    }
+}
+
+/// What follows `flag`, after a blank or a `=`.
+fn value(arguments: &[OsString], flag: &str) -> Option<OsString> {
+    arguments.iter().enumerate().find_map(|(at, argument)| {
+        let rest = argument.as_bytes().strip_prefix(flag.as_bytes())?;
+        match rest.strip_prefix(b"=") {
+            Some(value) => Some(OsStr::from_bytes(value).to_owned()),
+            None if rest.is_empty() => arguments.get(at + 1).cloned(),
+            None => None,
+        }
+    })
 }
 
 #[cfg(test)]

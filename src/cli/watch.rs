@@ -4,6 +4,8 @@ use super::json::{self, Body, Device, Fault, PathName, Start, Status, Target, Wa
 use super::progress::pace::{Pace, View};
 use super::progress::{self, Display};
 use super::records::Records;
+use super::signs::Signs;
+use super::systemd::{self, Heartbeat};
 use crate::error::{Error, Side};
 use crate::ground::policy::Action;
 use crate::ground::status::{Pause, Phase};
@@ -50,7 +52,7 @@ impl Monitor for Watch {
                 self.warnings.fetch_add(1, Relaxed);
                 self.record(|| Body::Warning(warning_record(warning)));
                 if !self.quiet {
-                    self.display.say(&format!("warning: {}", warning.message));
+                    self.display.warn(&warning.message);
                 }
             }
             Event::Fault { error, action } => {
@@ -78,9 +80,9 @@ impl Watch {
             }
         };
         match (self.fault_lines.fetch_add(1, Relaxed), action) {
-            (MOST_FAULT_LINES, Action::Ignore) => self.display.say("further errors are counted, not shown"),
+            (MOST_FAULT_LINES, Action::Ignore) => self.display.fail("further errors are counted, not shown"),
             (shown, Action::Ignore) if shown > MOST_FAULT_LINES => {}
-            _ => self.display.say(&format!("{error}; {what_now}")),
+            _ => self.display.fail(&format!("{error}; {what_now}")),
         }
     }
 
@@ -158,26 +160,60 @@ fn warning_record(warning: &monitor::Warning) -> Warning {
     }
 }
 
-/// Pushes a status record at every interval, when phase or pause change, and whenever `asked` says so. Returns when
-/// the other end of `asked` is gone.
-pub fn report_status(job: &Job, records: &Records, interval: Duration, asked: &Receiver<()>) {
-    let began = std::time::Instant::now();
-    let mut pace = Pace::default();
-    let mut next = interval;
-    let mut last: Option<(Phase, Option<Pause>)> = None;
-    loop {
-        let wanted = match asked.recv_timeout(LOOK) {
-            Ok(()) => true,
-            Err(RecvTimeoutError::Timeout) => false,
-            Err(RecvTimeoutError::Disconnected) => return,
-        };
-        let view = pace.look(began.elapsed(), job.snapshot());
-        let state = (view.job.phase, view.job.paused);
-        let changed = last.is_some_and(|last| last != state);
-        last = Some(state);
-        if wanted || changed || view.elapsed >= next {
-            records.push(Body::Status(Box::new(status_record(&view))));
-            next = view.elapsed + interval;
+/// Where statuses go.
+pub struct Outlets {
+    /// JSON lines.
+    pub records: Option<Records>,
+    /// Files, and the disk's place there.
+    pub signs: Option<(Signs, usize)>,
+    /// Of several disks it speaks to the service manager.
+    pub is_first: bool,
+}
+
+impl Outlets {
+    /// Somebody listens.
+    pub fn are_wanted(&self) -> bool {
+        self.records.is_some() || self.signs.is_some() || self.tells_systemd()
+    }
+
+    fn tells_systemd(&self) -> bool {
+        self.is_first && systemd::is_there()
+    }
+
+    /// Tells how the job stands at every interval, when phase or pause change, and whenever `asked` says so. Returns when
+    /// the other end of `asked` is gone.
+    pub fn report_status(&self, job: &Job, interval: Duration, asked: &Receiver<()>) {
+        let began = std::time::Instant::now();
+        let mut pace = Pace::default();
+        let mut heartbeat = self.tells_systemd().then(Heartbeat::default);
+        let mut next = interval;
+        let mut last: Option<(Phase, Option<Pause>)> = None;
+        loop {
+            let wanted = match asked.recv_timeout(LOOK) {
+                Ok(()) => true,
+                Err(RecvTimeoutError::Timeout) => false,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            let view = pace.look(began.elapsed(), job.snapshot());
+            let state = (view.job.phase, view.job.paused);
+            let changed = last.is_some_and(|last| last != state);
+            last = Some(state);
+            if let Some(heartbeat) = &mut heartbeat {
+                heartbeat.beat(view.elapsed, || progress::status(&view));
+            }
+            if wanted || changed || view.elapsed >= next {
+                self.push(&view);
+                next = view.elapsed + interval;
+            }
+        }
+    }
+
+    fn push(&self, view: &View) {
+        if let Some((signs, place)) = &self.signs {
+            signs.status(*place, &Body::Status(Box::new(status_record(view))));
+        }
+        if let Some(records) = &self.records {
+            records.push(Body::Status(Box::new(status_record(view))));
         }
     }
 }

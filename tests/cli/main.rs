@@ -9,6 +9,7 @@ mod pace;
 mod quiet;
 mod several;
 mod signals;
+mod signs;
 mod streams;
 mod terminal;
 mod usage;

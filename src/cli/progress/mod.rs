@@ -4,15 +4,16 @@ mod bar;
 pub mod pace;
 mod text;
 
-pub use text::{BadEnd, GoodEnd, one_line, started};
+pub use text::{BadEnd, GoodEnd, one_line, started, status};
 
 use super::args::Progress;
-use super::stream::{in_foreground, is_journal};
+use super::stream::{Stream, in_foreground, is_journal};
 use crate::job::Job;
 use bar::{Bar, Bars};
 use pace::{Pace, View};
 use std::collections::VecDeque;
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -65,6 +66,40 @@ pub struct Row {
     pub job: Arc<Job>,
 }
 
+/// Who reads the lines.
+pub struct People {
+    err: Box<dyn Write + Send>,
+    /// The journal: each line begins with its priority.
+    priorities: bool,
+}
+
+impl People {
+    /// Who reads standard error: systemd's journal, or anybody.
+    pub fn on_stderr() -> Self {
+        let journal = std::env::var("JOURNAL_STREAM").ok();
+        Self { err: Box::new(Stream::err()), priorities: is_journal(std::io::stderr(), journal.as_deref()) }
+    }
+
+    /// Who reads `err`.
+    pub fn at(err: impl Write + Send + 'static) -> Self {
+        Self { err: Box::new(err), priorities: false }
+    }
+}
+
+/// How much a line matters: syslog's priorities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Priority {
+    Error = 3,
+    Warning = 4,
+    Info = 6,
+}
+
+/// A line that waits to be shown.
+struct Line {
+    priority: Priority,
+    text: String,
+}
+
 /// The way to people. Clones lead to the same ones; nothing here blocks.
 #[derive(Clone)]
 pub struct Display {
@@ -76,29 +111,44 @@ pub struct Display {
 struct Shared {
     waiting: Mutex<Waiting>,
     wake: Condvar,
+    holds: AtomicUsize,
+}
+
+/// Somebody may have something to say when all rows are over: until it is dropped, the thread stays.
+pub struct Hold(Arc<Shared>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        // The lock: the thread looks at it only between two news.
+        let mut waiting = self.0.waiting();
+        self.0.holds.fetch_sub(1, Ordering::Relaxed);
+        waiting.has_hold_ended = true;
+        self.0.wake.notify_one();
+    }
 }
 
 #[derive(Default)]
 struct Waiting {
-    lines: VecDeque<String>,
+    lines: VecDeque<Line>,
     lost: u64,
     status_wanted: bool,
+    has_hold_ended: bool,
     /// Rows that are over.
     over: Vec<usize>,
 }
 
 impl Display {
-    /// Starts the thread that writes to `err`. It calls `shown` once, after the last line, when all `rows` are over.
+    /// Starts the thread that writes to `people`. It calls `shown` once, after the last line, when all `rows` are over.
     pub fn start(
         style: Style,
         rows: Vec<Row>,
-        err: Box<dyn Write + Send>,
+        people: People,
         shown: impl FnOnce() + Send + 'static,
     ) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { waiting: Mutex::default(), wake: Condvar::new() });
+        let shared = Arc::new(Shared { waiting: Mutex::default(), wake: Condvar::new(), holds: AtomicUsize::new(0) });
         let display = Self { shared: Arc::clone(&shared), name: None };
         let show = move || {
-            Screen::new(style, rows, err).show(&shared);
+            Screen::new(style, rows, people).show(&shared);
             shown();
         };
         thread::Builder::new().name("progress".to_owned()).spawn(show)?;
@@ -112,13 +162,33 @@ impl Display {
 
     /// A line, without prefix and line feed.
     pub fn say(&self, line: &str) {
+        self.push(Priority::Info, line);
+    }
+
+    /// A warning, without that word.
+    pub fn warn(&self, line: &str) {
+        self.push(Priority::Warning, &format!("warning: {line}"));
+    }
+
+    /// An error.
+    pub fn fail(&self, line: &str) {
+        self.push(Priority::Error, line);
+    }
+
+    fn push(&self, priority: Priority, line: &str) {
         let mut waiting = self.shared.waiting();
         if waiting.lines.len() < MOST_WAITING {
-            waiting.lines.push_back(one_line(&named(self.name.as_deref(), line)));
+            waiting.lines.push_back(Line { priority, text: one_line(&named(self.name.as_deref(), line)) });
         } else {
             waiting.lost += 1;
         }
         self.shared.wake.notify_one();
+    }
+
+    /// Keeps the way open, though all rows be over.
+    pub fn hold(&self) -> Hold {
+        self.shared.holds.fetch_add(1, Ordering::Relaxed);
+        Hold(Arc::clone(&self.shared))
     }
 
     /// One status line of each row that is not over, now.
@@ -127,7 +197,7 @@ impl Display {
         self.shared.wake.notify_one();
     }
 
-    /// Says what waits; shows no more of this row. After the last one the thread ends.
+    /// Says what waits; shows no more of this row. After the last one the thread ends, unless somebody holds it.
     pub fn finish(&self, row: usize) {
         self.shared.waiting().over.push(row);
         self.shared.wake.notify_one();
@@ -139,12 +209,16 @@ impl Shared {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Blocks until there is something to say, for `tick` at most.
-    fn next(&self, tick: Duration) -> Waiting {
-        let idle =
-            |waiting: &mut Waiting| waiting.lines.is_empty() && !waiting.status_wanted && waiting.over.is_empty();
+    /// Blocks until there is something to say, for `tick` at most. With it, whether somebody held the way when it was taken:
+    /// if not, there is no more.
+    fn next(&self, tick: Duration) -> (Waiting, bool) {
+        let idle = |waiting: &mut Waiting| {
+            let is_asked = waiting.status_wanted || waiting.has_hold_ended;
+            waiting.lines.is_empty() && waiting.over.is_empty() && !is_asked
+        };
         let waiting = self.wake.wait_timeout_while(self.waiting(), tick, idle);
-        std::mem::take(&mut *waiting.unwrap_or_else(PoisonError::into_inner).0)
+        let mut waiting = waiting.unwrap_or_else(PoisonError::into_inner).0;
+        (std::mem::take(&mut *waiting), self.holds.load(Ordering::Relaxed) > 0)
     }
 }
 
@@ -156,7 +230,7 @@ struct Screen {
     shape: Shape,
     shown: Vec<Shown>,
     began: Instant,
-    err: Box<dyn Write + Send>,
+    people: People,
 }
 
 /// A row that is not over.
@@ -182,7 +256,7 @@ enum Shape {
 }
 
 impl Screen {
-    fn new(style: Style, rows: Vec<Row>, err: Box<dyn Write + Send>) -> Self {
+    fn new(style: Style, rows: Vec<Row>, people: People) -> Self {
         let shape = match style {
             Style::Bar { .. } => Shape::Bars { bars: Bars::new(), next: Duration::ZERO, turn: 0 },
             Style::Plain { interval } => Shape::Plain { interval, next: interval },
@@ -196,7 +270,7 @@ impl Screen {
             Shown { place, row, pace: Pace::default(), bar }
         };
         let shown = rows.into_iter().enumerate().map(show).collect();
-        Self { shape, shown, began: Instant::now(), err }
+        Self { shape, shown, began: Instant::now(), people }
     }
 
     fn show(mut self, shared: &Shared) {
@@ -206,11 +280,12 @@ impl Screen {
             Shape::None => PLAIN_TICK,
         };
         loop {
-            let waiting = shared.next(tick);
+            let (waiting, is_held) = shared.next(tick);
             let views = self.look();
-            let mut lines: Vec<String> = waiting.lines.into();
+            let mut lines: Vec<Line> = waiting.lines.into();
             if waiting.lost > 0 {
-                lines.push(format!("{} lines were lost: nobody read them", waiting.lost));
+                let text = format!("{} lines were lost: nobody read them", waiting.lost);
+                lines.push(Line { priority: Priority::Warning, text });
             }
             if waiting.status_wanted {
                 lines.extend(self.statuses(&views));
@@ -219,10 +294,11 @@ impl Screen {
                 gone.bar.iter().for_each(Bar::clear);
             }
             self.print(&lines);
-            if self.shown.is_empty() {
-                return;
+            match self.shown.is_empty() {
+                true if !is_held => return,
+                true => {}
+                false => self.draw(),
             }
-            self.draw();
         }
     }
 
@@ -232,17 +308,24 @@ impl Screen {
     }
 
     /// A line for each row.
-    fn statuses(&self, views: &[View]) -> Vec<String> {
-        let line = |(shown, view): (&Shown, &View)| one_line(&named(shown.row.name.as_deref(), &text::status(view)));
+    fn statuses(&self, views: &[View]) -> Vec<Line> {
+        let line = |(shown, view): (&Shown, &View)| {
+            let text = one_line(&named(shown.row.name.as_deref(), &text::status(view)));
+            Line { priority: Priority::Info, text }
+        };
         self.shown.iter().zip(views).map(line).collect()
     }
 
-    fn print(&mut self, lines: &[String]) {
+    fn print(&mut self, lines: &[Line]) {
         if lines.is_empty() {
             return;
         }
-        let text: String = lines.iter().map(|line| format!("drive-backup: {line}\n")).collect();
-        let err = &mut self.err;
+        let People { err, priorities } = &mut self.people;
+        let line = |Line { priority, text }: &Line| match *priorities {
+            true => format!("<{}>{text}\n", *priority as u8),
+            false => format!("drive-backup: {text}\n"),
+        };
+        let text: String = lines.iter().map(line).collect();
         // People who closed their end are no reason to end.
         let mut write = || drop(err.write_all(text.as_bytes()));
         match &self.shape {
@@ -297,7 +380,7 @@ mod tests {
         let (done, shown) = mpsc::channel();
         let row = |name: &Option<&str>| Row { name: name.map(str::to_owned), job: Arc::new(Job::new(None)) };
         let rows = names.iter().map(row).collect();
-        let display = Display::start(style, rows, Box::new(write), move || done.send(()).unwrap()).unwrap();
+        let display = Display::start(style, rows, People::at(write), move || done.send(()).unwrap()).unwrap();
         (display, BufReader::new(read), shown)
     }
 
@@ -333,6 +416,21 @@ mod tests {
         let mut text = String::new();
         read.read_to_string(&mut text).unwrap();
         assert_eq!(text, "drive-backup: one\\nline \\u{1b}[31m\n");
+    }
+
+    #[test]
+    fn the_journal_is_told_how_much_a_line_matters() {
+        let (mut read, write) = io::pipe().unwrap();
+        let row = Row { name: None, job: Arc::new(Job::new(None)) };
+        let people = People { priorities: true, ..People::at(write) };
+        let display = Display::start(Style::None, vec![row], people, || ()).unwrap();
+        display.say("done");
+        display.warn("late");
+        display.fail("lost");
+        display.finish(0);
+        let mut text = String::new();
+        read.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "<6>done\n<4>warning: late\n<3>lost\n");
     }
 
     #[test]

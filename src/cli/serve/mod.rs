@@ -4,7 +4,6 @@ pub mod args;
 mod front_ends;
 mod plan;
 mod session;
-mod systemd;
 
 use super::resolve::View;
 use super::{Ending, ends};

@@ -2,12 +2,12 @@
 
 use super::front_ends::{self, FrontEnds};
 use super::plan::Plan;
-use super::systemd;
 use crate::cli::json::{Body, Dropped, ExitError, PathName, Ready, ServedDisk, Stopped, Warning};
 use crate::cli::progress::{Display, Row, Style};
 use crate::cli::records::Records;
 use crate::cli::session::Ends;
 use crate::cli::signals::{self, Request};
+use crate::cli::systemd;
 use crate::cli::{Ending, exit};
 use crate::error::{Error, Kind, Result, Side};
 use crate::job::Job;
@@ -82,7 +82,7 @@ impl Session {
     /// Takes over what a process has only one of: signals and the panic hook.
     pub fn own_process(&self) -> anyhow::Result<()> {
         let display = self.display.clone();
-        std::panic::set_hook(Box::new(move |panic| display.say(&format!("internal error: {panic}"))));
+        std::panic::set_hook(Box::new(move |panic| display.fail(&format!("internal error: {panic}"))));
         let wake = self.wake.clone();
         signals::listen(move |request| {
             if let Request::End(signal) = request {
@@ -190,7 +190,7 @@ impl Session {
 
     fn warn(&self, line: &str) {
         if !self.quiet {
-            self.display.say(&format!("warning: {line}"));
+            self.display.warn(line);
         }
         if let Some(records) = &self.records {
             let message = line.to_owned();
@@ -221,7 +221,7 @@ impl Session {
             // What failed first has been told, in the last record too.
             (stopped, Some((Cause::Fault, code))) => {
                 if let Err(error) = stopped {
-                    self.display.say(&error.to_string());
+                    self.display.fail(&error.to_string());
                 }
                 self.end(Ending::with_code(code))
             }
@@ -248,7 +248,7 @@ impl Session {
     }
 
     fn last_record(&mut self, exit_code: u8, reason: &'static str, signal: Option<&'static str>, message: String) {
-        self.display.say(&message);
+        self.display.fail(&message);
         if let Some(records) = &self.records {
             records.finish(Body::ExitError(Box::new(ExitError {
                 exit_code,

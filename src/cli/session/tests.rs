@@ -27,7 +27,7 @@ fn view() -> View {
 /// A session, and what its readers would read.
 fn session(view: View) -> (Session, PipeReader, PipeReader) {
     let ((json, json_end), (people, people_end)) = (io::pipe().unwrap(), io::pipe().unwrap());
-    let ends = Ends { json: Some(Box::new(json_end)), people: Box::new(people_end) };
+    let ends = Ends { json: Some(Box::new(json_end)), people: People::at(people_end), files: Files::default() };
     (Session::start(view, None, &[options()], ends).unwrap(), json, people)
 }
 

@@ -10,7 +10,7 @@ fn disks() -> Vec<Options> {
 
 fn session(view: View) -> (Session, PipeReader, PipeReader) {
     let ((json, json_end), (people, people_end)) = (io::pipe().unwrap(), io::pipe().unwrap());
-    let ends = Ends { json: Some(Box::new(json_end)), people: Box::new(people_end) };
+    let ends = Ends { json: Some(Box::new(json_end)), people: People::at(people_end), files: Files::default() };
     (Session::start(view, Some(1 << 20), &disks(), ends).unwrap(), json, people)
 }
 
@@ -131,7 +131,7 @@ fn a_panic_fails_only_what_had_not_ended() {
 #[test]
 fn bad_arguments_are_one_line_and_one_record() {
     let ((json, json_end), (people, people_end)) = (io::pipe().unwrap(), io::pipe().unwrap());
-    let ends = Ends { json: Some(Box::new(json_end)), people: Box::new(people_end) };
+    let ends = Ends { json: Some(Box::new(json_end)), people: People::at(people_end), files: Files::default() };
     let ending = Session::start(view(), None, &[], ends).unwrap().refuse(&Error::new(Kind::Usage, "no"));
     assert_eq!((ending, text(people)), (Ending::with_code(2), "drive-backup: no\n".to_owned()));
     assert_eq!(records(json).len(), 1);

@@ -3,11 +3,33 @@
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
 
 /// Clients may come.
 pub const READY: &str = "READY=1";
 /// It is about to end.
 pub const STOPPING: &str = "STOPPING=1";
+
+/// Somebody listens.
+pub fn is_there() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some()
+}
+
+/// Tells how a job stands every second, which is what a watchdog of two seconds and more wants.
+#[derive(Debug, Default)]
+pub struct Heartbeat {
+    next: Duration,
+}
+
+impl Heartbeat {
+    /// At `elapsed`, an ascending time, with `line` if it is time for it.
+    pub fn beat(&mut self, elapsed: Duration, line: impl FnOnce() -> String) {
+        if elapsed >= self.next {
+            self.next = elapsed + Duration::from_secs(1);
+            tell(&format!("{READY}\nWATCHDOG=1\nSTATUS={}", line()));
+        }
+    }
+}
 
 /// Tells `state` to whoever is named by NOTIFY_SOCKET. Never blocks: a service manager that does not listen gets nothing.
 pub fn tell(state: &str) {

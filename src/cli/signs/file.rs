@@ -1,0 +1,52 @@
+//! A small file that is always whole: its readers see the old contents or the new.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Puts `bytes` in the place of what `path` names. Not flushed: after a power cut the old contents are as good. A symbolic
+/// link is replaced. On an error, in one line, the old contents stay.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), String> {
+    let beside = beside(path);
+    let written = File::create(&beside).and_then(|mut file| file.write_all(bytes));
+    written.and_then(|()| fs::rename(&beside, path)).map_err(|error| {
+        // Whatever is there is ours.
+        let _ = fs::remove_file(&beside);
+        format!("write '{}': {error}", path.display())
+    })
+}
+
+/// Hidden, and of no extension that a collector looks for.
+fn beside(path: &Path) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".{}", std::process::id()));
+    path.with_file_name(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contents_are_replaced_and_nothing_else_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("status");
+        for bytes in [&b"a long first one"[..], b"short", b""] {
+            replace(&path, bytes).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), bytes);
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_can_not_be_written_is_named_and_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("missing/status");
+        assert!(replace(&missing, b"x").unwrap_err().contains("missing/status': No such file"));
+        fs::create_dir(folder.path().join("taken")).unwrap();
+        assert!(replace(&folder.path().join("taken"), b"x").is_err());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,146 @@
+//! What monitors read beside the streams: the status file, the metrics file, the service manager's socket.
+
+use crate::kit::{Bench, DISK, Records, Running, Tmpfs, code, records, wait_until};
+use nix::libc::{SIGKILL, SIGTERM};
+use serde_json::Value;
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::process::Stdio;
+use std::time::Duration;
+
+fn metric(bench: &Bench, name: &str) -> Option<f64> {
+    let text = fs::read_to_string(bench.path("m.prom")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(&format!("drive_backup_{name}{{")));
+    line.map(|line| line.rsplit(' ').next().unwrap().parse().unwrap())
+}
+
+fn newest(bench: &Bench) -> Option<Value> {
+    let text = fs::read_to_string(bench.path("status")).ok()?;
+    Some(serde_json::from_str(&text).expect("always whole"))
+}
+
+#[test]
+fn the_status_file_has_the_newest_record_and_at_the_end_the_last() {
+    let bench = Bench::new();
+    let mut command = bench.backup();
+    command.args(["--speed", "128K", "--progress-interval", "0.1", "--status-file", "status"]);
+    let mut backup = Running::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    wait_until("a status", || newest(&bench).is_some_and(|status| status["bytes_done"].as_u64() > Some(0)));
+    let status = newest(&bench).unwrap();
+    assert_eq!((&status["message_type"], &status["total_bytes"]), (&"status".into(), &DISK.into()));
+    backup.signal(SIGTERM);
+    assert_eq!(code(backup.wait()), 143);
+    let last = newest(&bench).unwrap();
+    assert_eq!((&last["message_type"], &last["exit_code"]), (&"exit_error".into(), &143.into()));
+    assert_eq!(last["job"], status["job"]);
+    assert_eq!(bench.leftovers(), ["status"]);
+}
+
+#[test]
+fn of_several_disks_the_status_file_has_a_line_each() {
+    let bench = Bench::new();
+    fs::write(bench.path("b.raw"), vec![1; 1 << 20]).unwrap();
+    let mut command = bench.backup();
+    command.args(["--device", "b.raw", "--target", "b.out", "--status-file", "status", "--metrics-file", "m.prom"]);
+    assert_eq!(code(command.output().unwrap().status), 0);
+    let text = fs::read_to_string(bench.path("status")).unwrap();
+    let totals: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(totals.iter().map(|last| last["total_bytes"].as_u64().unwrap()).collect::<Vec<_>>(), [DISK, 1 << 20]);
+    let metrics = fs::read_to_string(bench.path("m.prom")).unwrap();
+    for line in [
+        "drive_backup_last_exit_code{device=\"disk.raw\",target=\"out.raw\"} 0\n",
+        "drive_backup_copied_bytes{device=\"b.raw\",target=\"b.out\"} 1048576\n",
+    ] {
+        assert!(metrics.contains(line), "{line} in {metrics}");
+    }
+}
+
+#[test]
+fn metrics_are_written_whatever_ends_a_run_and_keep_the_last_success() {
+    let bench = Bench::new();
+    let run = |flags: &[&str]| {
+        let status = bench.backup().args(["--metrics-file", "m.prom"]).args(flags).output().unwrap().status;
+        assert_eq!(metric(&bench, "last_exit_code"), Some(code(status).into()), "{flags:?}");
+        code(status)
+    };
+    assert_eq!(run(&[]), 0);
+    let success = metric(&bench, "last_success_timestamp_seconds").unwrap();
+    assert_eq!(metric(&bench, "copied_bytes"), Some(DISK as f64));
+    assert_eq!(run(&["--speed", "128K", "--timeout", "0.2"]), 10);
+    assert_eq!(run(&["--source-format", "qcow2"]), 4);
+    assert_eq!(run(&["--cluster-size", "3000"]), 2);
+    assert_eq!(run(&["--no-such-flag"]), 2);
+    assert_eq!(metric(&bench, "last_success_timestamp_seconds"), Some(success));
+    assert_eq!(run(&[]), 0);
+    assert!(metric(&bench, "last_success_timestamp_seconds") > Some(success));
+    assert_eq!(bench.leftovers().len(), 2, "m.prom and out.raw: {:?}", bench.leftovers());
+}
+
+#[test]
+fn files_that_can_not_be_written_are_a_warning_and_not_the_end() {
+    let bench = Bench::new();
+    let full = Tmpfs::at(&bench.path("full"), 4096);
+    fs::write(bench.path("full/fill"), [1; 4096]).unwrap();
+    for (status, metrics) in [("missing/status", "missing/m"), ("full/status", "full/m"), ("/proc/status", "/proc/m")] {
+        let mut command = bench.backup();
+        command.args(["--status-file", status, "--metrics-file", metrics, "--json", "--progress-interval", "0.1"]);
+        let output = command.output().unwrap();
+        assert_eq!(code(output.status), 0, "{status}");
+        assert_eq!(records(&output.stdout).pop().unwrap()["result"], "complete");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(text.matches("warning: --status-file: write").count(), 1, "once: {text}");
+        assert_eq!(text.matches("warning: --metrics-file: write").count(), 1, "{text}");
+    }
+    drop(full);
+    bench.assert_copied("out.raw");
+}
+
+#[test]
+fn a_kill_leaves_a_whole_status_file() {
+    let bench = Bench::new();
+    for _ in 0..5 {
+        let mut command = bench.backup();
+        command.args(["--speed", "128K", "--progress-interval", "0.1", "--status-file", "status"]);
+        let mut backup = Running::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
+        wait_until("a status", || newest(&bench).is_some_and(|status| status["phase"] == "copy"));
+        backup.signal(SIGKILL);
+        backup.wait();
+        assert!(newest(&bench).is_some());
+        fs::remove_file(bench.path("status")).unwrap();
+    }
+}
+
+#[test]
+fn a_service_manager_hears_a_heartbeat_and_how_it_stands() {
+    let bench = Bench::new();
+    let socket = UnixDatagram::bind(bench.path("notify")).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let mut command = bench.backup();
+    command.args(["--speed", "4M"]).env("NOTIFY_SOCKET", bench.path("notify"));
+    let mut backup = Running::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    let mut seen = Vec::new();
+    while seen.len() < 3 {
+        let mut buffer = [0; 1000];
+        let length = socket.recv(&mut buffer).unwrap();
+        seen.push(String::from_utf8(buffer[..length].to_vec()).unwrap());
+    }
+    for message in &seen {
+        assert!(message.starts_with("READY=1\nWATCHDOG=1\nSTATUS="), "{message}");
+    }
+    assert!(seen[2].contains(" of 16.0 MiB"), "{}", seen[2]);
+    assert_eq!(code(backup.wait()), 0);
+}
+
+#[test]
+fn a_service_manager_that_does_not_listen_changes_nothing() {
+    let bench = Bench::new();
+    let socket = UnixDatagram::bind(bench.path("notify")).unwrap();
+    for address in ["notify", "/nowhere", "@nobody", "", "x\u{e4}"] {
+        let mut command = bench.backup();
+        command.args(["--json", "--progress-interval", "0.1"]).env("NOTIFY_SOCKET", address);
+        let mut backup = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::null()));
+        assert_eq!(Records::of(&mut backup).last().unwrap()["result"], "complete");
+        assert_eq!(code(backup.wait()), 0, "{address}");
+    }
+    drop(socket);
+}
