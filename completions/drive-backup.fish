@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_drive_backup_global_optspecs
-    string join \n device= source-format= no-backing allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= q/quiet v/verbose h/help V/version
+    string join \n device= source-format= no-backing allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-frozen= hook-after= hook-failed= hook-timeout= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= q/quiet v/verbose h/help V/version
 end
 
 function __fish_drive_backup_needs_command
@@ -55,6 +55,11 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -l cbw-timeout -
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-cbw-error -d 'What happens when they can\'t be' -r -f -a "break-snapshot\t'The write goes on, the backup fails: exit status 6'
 break-guest-write\t'The write fails, the backup goes on'"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l reconnect-delay -d 'In how many seconds a lost NBD server must be back' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-before -d 'A shell command that runs before a disk is opened; exit status 9 if it fails' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-frozen -d 'One that runs while the writers are frozen, in what is left of --freeze-timeout' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-after -d 'One that runs when the copy is complete; if it fails the copy stays, and the exit status is 9' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-failed -d 'One that runs when there is no copy' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-timeout -d 'In which time each of them must end, but for --hook-frozen' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-source-error -d 'What a read error of the source does' -r -f -a "report\t'End with the error'
 ignore\t'Go on: an unreadable source range becomes zeroes, an unwritable target range is skipped; exit status 3'
 enospc\t'Stop when the target is full, else report'

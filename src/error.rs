@@ -19,6 +19,8 @@ pub enum Kind {
     Differs,
     /// Source or target is locked or mounted, or another backup of it runs; nothing was touched.
     Busy,
+    /// A command of the user failed.
+    Hook,
     /// A deadline passed before the copy was complete.
     Deadline,
     /// Cancelled on request.

@@ -11,7 +11,7 @@
 //! | 0 | [`ground`], `sync` | values only |
 //! | 1 | [`error`], `snapshot::copy_state` | |
 //! | 2 | `snapshot::tracker`, [`job`] | waits, does no I/O |
-//! | 3 | [`image`], `snapshot::overlay` | I/O |
+//! | 3 | [`image`], `snapshot::overlay`, [`hook`] | I/O |
 //! | 4 | [`copier`] | the worker loop |
 //! | 5 | [`backup`], [`publish`] | wires everything, joins everything |
 //! | 6 | [`serve`] | disks behind NBD, vhost-user and FUSE |
@@ -25,6 +25,8 @@ pub mod cli;
 pub mod copier;
 pub mod error;
 pub mod ground;
+#[cfg(feature = "engine")]
+pub mod hook;
 #[cfg(feature = "engine")]
 pub mod image;
 pub mod job;

@@ -23,6 +23,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("nbd::payload", 1),
     ("nbd::protocol", 1),
     ("nbd", 2),
+    ("hook", 3),
     ("image", 3),
     ("ring", 3),
     ("ring::server", 4),

@@ -25,7 +25,7 @@ use crate::snapshot::preserve::Preserver;
 use crate::snapshot::tracker::Tracker;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant as Clock, SystemTime};
 
 /// Threads for each writer: so many of its trapped writes may be captured at once.
 const PRESERVING_THREADS: usize = 2;
@@ -72,7 +72,13 @@ impl Moment {
     pub fn take_all(disks: &[Ready<'_>]) -> Result<Vec<Self>> {
         let gathered: Vec<Gathered> = disks.iter().map(Gathered::of).collect::<Result<_>>()?;
         let with_writers: Vec<&Writers> = gathered.iter().filter_map(|disk| disk.writers.as_ref()).collect();
+        let freezing = Clock::now();
         let mut frozen = Writers::freeze_all(&with_writers)?.into_iter();
+        for Ready { options, job, .. } in disks {
+            if let Some(hook) = &options.hook_frozen {
+                hook.run(options.freeze_timeout.saturating_sub(freezing.elapsed()), || job.is_cancelled())?;
+            }
+        }
         let frozen: Vec<Option<Frozen>> =
             gathered.iter().map(|disk| disk.writers.as_ref().and_then(|_| frozen.next())).collect();
         let time = SystemTime::now();

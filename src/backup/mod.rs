@@ -55,7 +55,7 @@ pub fn run(options: &Options, job: &Arc<Job>, monitor: &dyn Monitor) -> Result<S
 pub fn run_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
     let started = match start(disks) {
         Ok(started) => started,
-        Err(refusal) => return fail_all(disks.len(), *refusal, ended),
+        Err(refusal) => return refuse_all(disks.len(), *refusal, ended),
     };
     thread::scope(|scope| {
         let copies = disks.iter().zip(started).enumerate().map(|(place, (&disk, (ready, moment)))| {
@@ -95,8 +95,13 @@ fn open(disk: Disk<'_>) -> Result<Ready<'_>> {
     Ok(Ready { options, job, origin, destination })
 }
 
+/// Ends every disk with `error`, untouched.
+pub fn fail_all(disks: usize, error: Error, ended: &Ended<'_>) {
+    refuse_all(disks, Refusal { culprit: None, error }, ended);
+}
+
 /// The culprit's error is its own, the others hear of it.
-fn fail_all(disks: usize, Refusal { culprit, error }: Refusal, ended: &Ended<'_>) {
+fn refuse_all(disks: usize, Refusal { culprit, error }: Refusal, ended: &Ended<'_>) {
     let (kind, why) = (error.kind(), error.to_string());
     let mut error = Some(error);
     let of = |place: usize| match error.take_if(|_| culprit.is_none_or(|culprit| culprit == place)) {

@@ -1,6 +1,7 @@
 //! What a backup is asked to do: resolved, checked for itself, free of flags and defaults.
 
 use crate::ground::policy::OnError;
+use crate::hook::Hook;
 use crate::image::format::Format;
 use crate::image::location::Location;
 use crate::image::qcow2::CompressOptions;
@@ -96,7 +97,9 @@ pub struct Options {
     pub overlay: OverlayPlace,
     /// Bytes that may be saved at once; `None`: no limit.
     pub overlay_limit: Option<u64>,
-    /// In which all writers must be frozen.
+    /// Runs while they are frozen.
+    pub hook_frozen: Option<Hook>,
+    /// In which all writers must be frozen, and that hook have ended.
     pub freeze_timeout: Duration,
     /// In which a trapped write must have been captured.
     pub cbw_timeout: Duration,

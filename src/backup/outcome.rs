@@ -38,6 +38,8 @@ pub enum TargetState {
     Removed,
     /// A device, an existing image or a stream that holds half a copy.
     Incomplete,
+    /// A whole copy: what failed came after it.
+    Complete,
 }
 
 impl TargetState {
@@ -47,6 +49,7 @@ impl TargetState {
             Self::Untouched => "untouched",
             Self::Removed => "removed",
             Self::Incomplete => "incomplete",
+            Self::Complete => "complete",
         }
     }
 }

@@ -13,6 +13,7 @@ const COPY: &str = "What to copy";
 const TARGET: &str = "Where to";
 const PACE: &str = "How";
 const INSTANT: &str = "The instant";
+const HOOKS: &str = "Commands of your own";
 const FAILURE: &str = "When something fails";
 const SIGHT: &str = "What you see";
 
@@ -28,7 +29,7 @@ const SIGHT: &str = "What you see";
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, disable_help_subcommand = true)]
 #[command(
     after_help = "Exit status: 0 complete and durable, 2 bad arguments, 3 complete but for unreadable ranges, 4 source, \
-    5 target, 6 point in time lost, 7 verification, 8 busy, 10 out of time, 128+N signal N, 1 anything else. See drive-backup(1)."
+    5 target, 6 point in time lost, 7 verification, 8 busy, 9 hook, 10 out of time, 128+N signal N, 1 anything else. See drive-backup(1)."
 )]
 pub struct Args {
     /// Something other than a backup.
@@ -166,6 +167,32 @@ pub struct Args {
     /// written again too, since a server that was restarted may have lost them.
     #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds, default_value = "10", help_heading = FAILURE)]
     pub reconnect_delay: Duration,
+
+    /// A shell command that runs before a disk is opened; exit status 9 if it fails
+    ///
+    /// Of several disks it runs for each. Hooks are told in their environment: DRIVE_BACKUP_HOOK (before, frozen, after,
+    /// failed), and DRIVE_BACKUP_HOOK_DEVICE, _TARGET, _EXIT_CODE, and after a failure _REASON, _MESSAGE and _TARGET_STATE.
+    /// What they print goes to standard error.
+    #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
+    pub hook_before: Option<String>,
+
+    /// One that runs while the writers are frozen, in what is left of --freeze-timeout
+    ///
+    /// It must not write to the disk through a writer: that one is frozen.
+    #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
+    pub hook_frozen: Option<String>,
+
+    /// One that runs when the copy is complete; if it fails the copy stays, and the exit status is 9
+    #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
+    pub hook_after: Option<String>,
+
+    /// One that runs when there is no copy
+    #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
+    pub hook_failed: Option<String>,
+
+    /// In which time each of them must end, but for --hook-frozen
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true, value_parser = timeout, default_value = "10m", help_heading = HOOKS)]
+    pub hook_timeout: Duration,
 
     /// What a read error of the source does
     #[arg(long, value_name = "POLICY", default_value = "report", help_heading = FAILURE)]

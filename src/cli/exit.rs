@@ -21,6 +21,7 @@ pub fn of(kind: Kind) -> (u8, &'static str) {
         Kind::InstantLost => (6, "instant_lost"),
         Kind::Differs => (7, "differs"),
         Kind::Busy => (8, "busy"),
+        Kind::Hook => (9, "hook"),
         Kind::Deadline => (10, "deadline"),
         // Without a signal nobody here cancels.
         Kind::Cancelled => (OTHER, "cancelled"),
@@ -57,6 +58,7 @@ mod tests {
             (Kind::InstantLost, 6),
             (Kind::Differs, 7),
             (Kind::Busy, 8),
+            (Kind::Hook, 9),
             (Kind::Deadline, 10),
         ] {
             assert_eq!(of(kind).0, code, "{kind:?}");

@@ -191,12 +191,12 @@ pub struct Summary {
 #[derive(Debug, Serialize)]
 pub struct ExitError {
     pub exit_code: u8,
-    /// usage, source, target, instant_lost, differs, busy, deadline, signal, cancelled, other.
+    /// usage, source, target, instant_lost, differs, busy, hook, deadline, signal, cancelled, other.
     pub reason: &'static str,
     /// Its name, such as SIGINT.
     pub signal: Option<&'static str>,
     pub message: String,
-    /// removed, incomplete, untouched, kept_bad; absent where there is none.
+    /// removed, incomplete, untouched, complete, kept_bad; absent where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_state: Option<&'static str>,
     /// Null: there was none.

@@ -2,6 +2,7 @@
 
 mod args;
 mod exit;
+mod hooks;
 mod json;
 mod keys;
 pub mod manual;
@@ -97,7 +98,7 @@ where
     let speed = plan.steering.first_speed();
     let session = Session::start(plan.view, speed, &plan.disks, Ends { files: plan.files, ..ends(plan.view) })?;
     match session.own_process(speed).and_then(|()| session.steer(plan.steering)) {
-        Ok(()) => Ok(session.run(plan.disks, engine)),
+        Ok(()) => Ok(session.run(plan.disks, plan.hooks, engine)),
         Err(error) => Ok(session.refuse(&Error::new(Kind::Other, format!("{error:#}")))),
     }
 }

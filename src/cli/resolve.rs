@@ -3,6 +3,7 @@
 use super::args::{
     Args, CbwPolicy, Compress, ImageFormat, NewImageMode, Policy, Snapshot, Sparse, Speed, WriterPolicy,
 };
+use super::hooks::Hooks;
 use super::pairs;
 use super::progress::Style;
 use super::signs::Files;
@@ -10,6 +11,7 @@ use super::steer::{Course, Steering};
 use crate::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
 use crate::error::{Error, Kind, Result};
 use crate::ground::policy::OnError;
+use crate::hook::{Hook, When};
 use crate::image::format::Format;
 use crate::image::location::Location;
 use crate::image::qcow2::CompressOptions;
@@ -28,6 +30,8 @@ pub struct Plan {
     pub disks: Vec<Options>,
     /// What decides the speed, and when it is too late.
     pub steering: Steering,
+    /// What runs around it.
+    pub hooks: Hooks,
     /// For people and programs.
     pub view: View,
     /// For monitors.
@@ -81,7 +85,9 @@ pub fn plan(args: Args) -> Result<Plan> {
     let disks = ends.map(|(device, target)| options(&args, device, target)).collect::<Result<_>>()?;
     let steering = Steering { course: course(&args)?, timeout: args.timeout };
     let files = Files { status: args.status_file, metrics: args.metrics_file, ..Files::default() };
-    Ok(Plan { disks, steering, view, files })
+    let (before, after, failed) = (args.hook_before, args.hook_after, args.hook_failed);
+    let hooks = Hooks { before, after, failed, timeout: args.hook_timeout };
+    Ok(Plan { disks, steering, hooks, view, files })
 }
 
 fn course(args: &Args) -> Result<Course> {
@@ -91,6 +97,10 @@ fn course(args: &Args) -> Result<Course> {
         (None, None, Speed::Auto) => Course::Auto,
         (None, None, Speed::Limit(rate)) => Course::Steady(rate),
     })
+}
+
+fn hook_frozen(command: &str, device: &Path, target: &Path) -> Hook {
+    Hook::new(When::Frozen, command).telling("DEVICE", device).telling("TARGET", target)
 }
 
 /// Is it the `-` that means a standard stream?
@@ -131,6 +141,7 @@ fn options(args: &Args, device: &Path, target: &Path) -> Result<Options> {
         },
         overlay: overlay(args.overlay.as_deref()),
         overlay_limit: args.overlay_limit.0,
+        hook_frozen: args.hook_frozen.as_deref().map(|command| hook_frozen(command, device, target)),
         freeze_timeout: args.freeze_timeout,
         cbw_timeout: args.cbw_timeout,
         on_cbw_error: match args.on_cbw_error {

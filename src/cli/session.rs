@@ -1,6 +1,7 @@
 //! One run, from the engine's start to the last record: whatever the engine, the target or a reader does, it ends in
 //! time and says how.
 
+use super::hooks::Hooks;
 use super::json::{self, Body, ExitError};
 use super::progress::{BadEnd, Display, GoodEnd, People, Row, Style};
 use super::records::{Lines, Records};
@@ -10,7 +11,7 @@ use super::signs::{Files, Run, Signs};
 use super::steer::{self, Steering};
 use super::watch::{Outlets, Watch};
 use super::{Ending, exit, keys};
-use crate::backup::{Disk, Ended, Failure, Options, Summary, TargetState};
+use crate::backup::{self, Disk, Ended, Failure, Options, Summary, TargetState};
 use crate::error::{Error, Kind};
 use crate::ground::size::Rate;
 use crate::ground::status::Pause;
@@ -178,7 +179,7 @@ impl Session {
     }
 
     /// Runs the engine to its end, or to the end of patience.
-    pub fn run<E>(mut self, options: Vec<Options>, engine: E) -> Ending
+    pub fn run<E>(mut self, options: Vec<Options>, hooks: Hooks, engine: E) -> Ending
     where
         E: FnOnce(&[Disk<'_>], &Ended<'_>) + Send + 'static,
     {
@@ -189,9 +190,15 @@ impl Session {
             let disks: Vec<Disk<'_>> =
                 disks.map(|(options, (job, watch))| Disk { options, job, monitor: &**watch }).collect();
             // Gone only when the process is about to be.
-            let ended = |place, result| drop(wake.send(Wake::Ended(place, Box::new(result))));
+            let ended = |place: usize, result| {
+                let result = hooks.after(&disks[place], result);
+                drop(wake.send(Wake::Ended(place, Box::new(result))));
+            };
             // Nothing of what it shares is used after a panic, but for the jobs, whose locks recover.
-            let _ = catch_unwind(AssertUnwindSafe(|| engine(&disks, &ended)));
+            let _ = catch_unwind(AssertUnwindSafe(|| match hooks.before(&disks) {
+                Ok(()) => engine(&disks, &ended),
+                Err(error) => backup::fail_all(disks.len(), error, &ended),
+            }));
             let _ = wake.send(Wake::Left);
         };
         match thread::Builder::new().name("backup".to_owned()).spawn(work) {

@@ -2,6 +2,7 @@
 
 #![cfg(feature = "cli")]
 
+mod hooks;
 mod hung;
 mod json;
 mod kit;

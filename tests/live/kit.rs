@@ -110,6 +110,7 @@ pub fn options(device: &Path, target: &Path, folder: &Path) -> Options {
         snapshot: SnapshotChoice::Overlay,
         overlay: OverlayPlace::Memory,
         overlay_limit: None,
+        hook_frozen: None,
         freeze_timeout: HANGS,
         reconnect: HANGS,
         cbw_timeout: HANGS,

@@ -136,6 +136,7 @@ impl BadEnd<'_> {
         let Self { message, target, .. } = self;
         match self.state {
             TargetState::Incomplete => format!("{message}; {target} is INCOMPLETE, do not use it"),
+            TargetState::Complete => format!("{message}; {target} is complete"),
             TargetState::Removed if self.begun => format!("{message}; the partial copy was removed"),
             _ => (*message).to_owned(),
         }

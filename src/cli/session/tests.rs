@@ -46,7 +46,7 @@ fn run_one<E>(session: Session, engine: E) -> Ending
 where
     E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
 {
-    session.run(vec![options()], move |disks, ended| {
+    session.run(vec![options()], Hooks::default(), move |disks, ended| {
         let Disk { options, job, monitor } = disks[0];
         ended(0, engine(options, job, monitor));
     })

@@ -40,7 +40,7 @@ fn failure(kind: Kind, what: &str) -> Result<Summary, Failure> {
 #[test]
 fn each_disk_has_its_job_and_success_is_silent() {
     let (session, json, people) = session(view());
-    let ending = session.run(disks(), |disks, ended| {
+    let ending = session.run(disks(), Hooks::default(), |disks, ended| {
         assert_eq!((disks[0].options.device.clone(), disks[1].options.device.clone()), ("a".into(), "b".into()));
         disks.iter().for_each(|disk| copy(disk.job, disk.monitor));
         (0..2).rev().for_each(|place| ended(place, Ok(summary(Vec::new()))));
@@ -55,7 +55,7 @@ fn each_disk_has_its_job_and_success_is_silent() {
 #[test]
 fn lines_name_the_disk_and_the_first_failure_is_the_exit_code() {
     let (session, json, people) = session(View { verbose: true, ..view() });
-    let ending = session.run(disks(), |disks, ended| {
+    let ending = session.run(disks(), Hooks::default(), |disks, ended| {
         begin(disks[0].job, disks[0].monitor, TargetKind::File);
         copy(disks[1].job, disks[1].monitor);
         ended(1, Ok(summary(vec![ByteRange::new(4096, 512)])));
@@ -76,7 +76,7 @@ fn lines_name_the_disk_and_the_first_failure_is_the_exit_code() {
 fn a_signal_cancels_all_and_what_was_published_stays_a_success() {
     let (session, json, people) = session(view());
     let wake = session.wake.clone();
-    let ending = session.run(disks(), move |disks, ended| {
+    let ending = session.run(disks(), Hooks::default(), move |disks, ended| {
         disks.iter().for_each(|disk| copy(disk.job, disk.monitor));
         ended(0, Ok(summary(Vec::new())));
         wake.send(Wake::Signal(SIGTERM)).unwrap();
@@ -99,7 +99,7 @@ fn all_that_hang_are_undone_even_where_the_undoing_of_one_hangs() {
     let (session, json, _people) = session(view());
     let wake = session.wake.clone();
     let (sent, at) = mpsc::channel();
-    let ending = session.run(disks(), move |disks, _| {
+    let ending = session.run(disks(), Hooks::default(), move |disks, _| {
         disks.iter().for_each(|disk| begin(disk.job, disk.monitor, TargetKind::File));
         disks[0].job.on_abandon(|| hang());
         sent.send(Instant::now()).unwrap();
@@ -118,7 +118,7 @@ fn all_that_hang_are_undone_even_where_the_undoing_of_one_hangs() {
 #[test]
 fn a_panic_fails_only_what_had_not_ended() {
     let (session, json, _people) = session(view());
-    let ending = session.run(disks(), |disks, ended| {
+    let ending = session.run(disks(), Hooks::default(), |disks, ended| {
         disks.iter().for_each(|disk| copy(disk.job, disk.monitor));
         ended(0, Ok(summary(Vec::new())));
         panic!("a bug");
