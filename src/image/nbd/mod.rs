@@ -269,3 +269,6 @@ impl Image for Nbd {
         Properties { cluster_size: self.block(), alignment: 1, reads_zero: self.reads_zero, sequential: false }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,378 @@
+//! The client against servers that play by a script: each lie must end in an error of one line, soon, without a panic.
+
+use super::handshake::Ask as Hello;
+use super::*;
+use crate::nbd::protocol::{
+    Chunk, GREETING_MAGIC, OPTION_MAGIC, OptionHeader, OptionReply, Request, SimpleReply, chunk, info, option,
+    option_reply,
+};
+use proptest::prelude::*;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicUsize;
+use std::time::Instant;
+
+const LENGTH: u64 = 8 << 20;
+const FLAGS: u16 = transmission::HAS_FLAGS | transmission::SEND_FLUSH | transmission::SEND_WRITE_ZEROES;
+
+/// A server's end of one connection, after the handshake.
+struct Peer {
+    socket: UnixStream,
+}
+
+impl Peer {
+    fn send(&mut self, bytes: &[u8]) -> bool {
+        self.socket.write_all(bytes).is_ok()
+    }
+
+    fn option(&mut self) -> Option<(u32, Vec<u8>)> {
+        let mut head = [0; OptionHeader::LENGTH];
+        self.socket.read_exact(&mut head).ok()?;
+        let head = OptionHeader::decode(&head).expect("we ask well");
+        let mut data = vec![0; head.length as usize];
+        self.socket.read_exact(&mut data).ok()?;
+        Some((head.option, data))
+    }
+
+    fn reply(&mut self, option: u32, kind: u32, data: &[u8]) {
+        self.send(&OptionReply { option, kind, length: data.len() as u32 }.encode());
+        self.send(data);
+    }
+
+    /// A good handshake with structured replies and `base:allocation` as number 7.
+    fn shake_hands(&mut self, flags: u16) -> Option<()> {
+        let mut greeting = GREETING_MAGIC.to_be_bytes().to_vec();
+        greeting.extend(OPTION_MAGIC.to_be_bytes());
+        greeting.extend(3u16.to_be_bytes());
+        self.send(&greeting);
+        self.socket.read_exact(&mut [0; 4]).ok()?;
+        loop {
+            let (option, _) = self.option()?;
+            match option {
+                option::STRUCTURED_REPLY => self.reply(option, option_reply::ACK, &[]),
+                option::SET_META_CONTEXT => {
+                    self.reply(option, option_reply::META_CONTEXT, b"\0\0\0\x07base:allocation");
+                    self.reply(option, option_reply::ACK, &[]);
+                }
+                _ => {
+                    let mut data = info::EXPORT.to_be_bytes().to_vec();
+                    data.extend(LENGTH.to_be_bytes());
+                    data.extend(flags.to_be_bytes());
+                    self.reply(option, option_reply::INFO, &data);
+                    self.reply(option, option_reply::ACK, &[]);
+                    return Some(());
+                }
+            }
+        }
+    }
+
+    /// The next request, with the data of a write.
+    fn request(&mut self) -> Option<(Request, Vec<u8>)> {
+        let mut head = [0; Request::LENGTH];
+        self.socket.read_exact(&mut head).ok()?;
+        let request = Request::decode(&head).expect("we ask well");
+        let mut data = vec![0; if request.command == command::WRITE { request.length as usize } else { 0 }];
+        self.socket.read_exact(&mut data).ok()?;
+        (request.command != command::DISC).then_some((request, data))
+    }
+
+    fn simple(&mut self, cookie: u64, error: u32) {
+        self.send(&SimpleReply { error, cookie }.encode());
+    }
+
+    fn chunk(&mut self, cookie: u64, kind: u16, flags: u16, payload: &[u8]) -> bool {
+        self.send(&Chunk { flags, kind, cookie, length: payload.len() as u32 }.encode()) && self.send(payload)
+    }
+
+    fn data(&mut self, request: &Request, byte: u8) {
+        let mut payload = request.offset.to_be_bytes().to_vec();
+        payload.resize(8 + request.length as usize, byte);
+        self.chunk(request.cookie, chunk::OFFSET_DATA, chunk::DONE, &payload);
+    }
+}
+
+fn terms() -> Terms {
+    let patience = Duration::from_millis(200);
+    Terms { connect: Duration::from_millis(500), patience, reconnect: Duration::from_millis(100) }
+}
+
+fn client(side: Side, script: impl Fn(usize, Peer) + Send + Sync + 'static) -> io::Result<Nbd> {
+    client_with(terms(), side, script)
+}
+
+/// A client whose connection number N is answered by `script(N, peer)` on a thread of its own.
+fn client_with(terms: Terms, side: Side, script: impl Fn(usize, Peer) + Send + Sync + 'static) -> io::Result<Nbd> {
+    let script = Arc::new(script);
+    let number = AtomicUsize::new(0);
+    let dial: Dial = Box::new(move |_| {
+        let (ours, theirs) = UnixStream::pair()?;
+        let (script, number) = (Arc::clone(&script), number.fetch_add(1, Relaxed));
+        std::thread::spawn(move || script(number, Peer { socket: theirs }));
+        Ok(Stream::unix(ours))
+    });
+    let hello = Hello { export: "disk".to_owned(), tls: None, timeout: terms.connect };
+    Nbd::over(dial, hello, terms, Use { side, flushes: true, reconnect: terms.reconnect })
+}
+
+/// A client that reads one MiB from a server that answers its first request so.
+fn read_from(answer: impl Fn(&mut Peer, Request) + Send + Sync + 'static) -> String {
+    let nbd = client(Side::Source, move |_, mut peer| {
+        peer.shake_hands(FLAGS);
+        while let Some((request, _)) = peer.request() {
+            answer(&mut peer, request);
+        }
+    });
+    let mut buf = vec![1; 256 << 10];
+    nbd.unwrap().read_at(&mut buf, 0).expect_err("a lie").to_string()
+}
+
+#[test]
+fn lies_about_a_read_are_found() {
+    type Answer = fn(&mut Peer, Request);
+    let lies: [(&str, Answer); 12] =
+        [
+            ("NBD simple reply begins with 0x0", |peer, _| {
+                peer.send(&[0; 64]);
+            }),
+            ("a reply to a request that was not made", |peer, r| peer.simple(r.cookie + (1 << 16), 0)),
+            ("a reply to a request that was not made", |peer, r| peer.simple(r.cookie + 1, 0)),
+            ("data in a simple reply", |peer, r| peer.simple(r.cookie, 0)),
+            ("less than 0x0+262144, which was asked for", |peer, r| {
+                peer.data(&Request { length: 512, ..r }, 1);
+            }),
+            ("0x0+524288 where 0x0+262144 was asked for", |peer, r| {
+                peer.data(&Request { length: r.length * 2, ..r }, 1);
+            }),
+            ("0x1000+262144 where 0x0+262144 was asked for", |peer, r| {
+                peer.data(&Request { offset: 4096, ..r }, 1);
+            }),
+            ("which it has sent or which is empty", |peer, r| {
+                let hole = [&0u64.to_be_bytes()[..], &r.length.to_be_bytes()].concat();
+                peer.chunk(r.cookie, chunk::OFFSET_HOLE, 0, &hole);
+                peer.chunk(r.cookie, chunk::OFFSET_HOLE, 0, &hole);
+            }),
+            ("a range past the end of all numbers", |peer, r| {
+                peer.data(&Request { offset: u64::MAX, length: 512, ..r }, 1);
+            }),
+            ("a chunk of kind 77 with 4294967295 bytes", |peer, r| {
+                peer.send(&Chunk { flags: 0, kind: 77, cookie: r.cookie, length: u32::MAX }.encode());
+            }),
+            ("an error's chunk of 4294967295 bytes", |peer, r| {
+                peer.send(&Chunk { flags: 0, kind: chunk::ERROR, cookie: r.cookie, length: u32::MAX }.encode());
+            }),
+            ("more errors than one request can have", |peer, r| {
+                while peer.chunk(r.cookie, chunk::ERROR, 0, b"\0\0\0\x05\0\0") {}
+            }),
+        ];
+    for (reason, lie) in lies {
+        let began = Instant::now();
+        let found = read_from(lie);
+        assert!(found.contains(reason), "{reason}: {found}");
+        assert!(!found.contains('\n') && began.elapsed() < Duration::from_secs(10), "{found}");
+    }
+}
+
+#[test]
+fn a_server_that_is_silent_or_trickles_is_left() {
+    assert!(read_from(|_, _| ()).contains("the server has not answered for"));
+    let trickle = read_from(|peer, r| {
+        peer.send(&Chunk { flags: 0, kind: chunk::OFFSET_DATA, cookie: r.cookie, length: r.length + 8 }.encode());
+        peer.send(&0u64.to_be_bytes());
+        while peer.send(&[1]) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    assert!(trickle.contains("the server answers too slowly"), "{trickle}");
+}
+
+#[test]
+fn lies_about_extents_are_found() {
+    type Answer = fn(&mut Peer, Request);
+    let lies: [(&str, Answer); 5] = [
+        ("extents of another metadata context", |peer, r| {
+            peer.chunk(r.cookie, chunk::BLOCK_STATUS, chunk::DONE, b"\0\0\0\x08\0\0\x10\0\0\0\0\0");
+        }),
+        ("an extent of 0 bytes", |peer, r| {
+            peer.chunk(r.cookie, chunk::BLOCK_STATUS, chunk::DONE, b"\0\0\0\x07\0\0\0\0\0\0\0\0");
+        }),
+        ("extents in a chunk of 13 bytes", |peer, r| {
+            peer.chunk(r.cookie, chunk::BLOCK_STATUS, chunk::DONE, &[0; 13]);
+        }),
+        ("extents in a chunk of 4294967292 bytes", |peer, r| {
+            peer.send(&Chunk { flags: 1, kind: chunk::BLOCK_STATUS, cookie: r.cookie, length: u32::MAX - 3 }.encode());
+        }),
+        ("no extents", |peer, r| {
+            peer.chunk(r.cookie, chunk::NONE, chunk::DONE, &[]);
+        }),
+    ];
+    for (reason, lie) in lies {
+        let nbd = client(Side::Source, move |_, mut peer| {
+            peer.shake_hands(FLAGS);
+            while let Some((request, _)) = peer.request() {
+                lie(&mut peer, request);
+            }
+        });
+        let found = nbd.unwrap().block_status(ByteRange::new(0, 4096)).expect_err("a lie").to_string();
+        assert!(found.contains(reason), "{reason}: {found}");
+    }
+}
+
+#[test]
+fn lies_in_the_handshake_are_found() {
+    type Script = fn(&mut Peer);
+    let endless = |peer: &mut Peer| {
+        peer.send(b"NBDMAGICIHAVEOPT\0\x03");
+        let _ = peer.socket.read_exact(&mut [0; 4]);
+        peer.option();
+        peer.reply(option::STRUCTURED_REPLY, option_reply::ERR_UNSUP, &[]);
+        peer.option();
+        let reply = OptionReply { option: option::GO, kind: option_reply::INFO, length: 3 }.encode();
+        while peer.send(&reply) && peer.send(b"\0\x02x") {}
+    };
+    let scripts: [(&str, Script); 6] = [
+        ("this is no newstyle NBD server", |peer| {
+            peer.send(b"SSH-2.0-OpenSSH_9.9 and so on");
+        }),
+        ("this is no newstyle NBD server", |peer| {
+            peer.send(b"NBDMAGIC\0\0\x42\x02\x81\x86\x12\x53\0\0");
+        }),
+        ("the server hung up", |peer| {
+            peer.send(b"NBDMAGIC");
+        }),
+        ("the server does not answer", |peer| {
+            let _ = peer.socket.read_exact(&mut [0; 1]);
+        }),
+        ("the server's reply to option 8 has 4294967295 bytes", |peer| {
+            peer.send(b"NBDMAGICIHAVEOPT\0\x03");
+            let _ = peer.socket.read_exact(&mut [0; 4]);
+            peer.option();
+            peer.send(&OptionReply { option: 8, kind: 1, length: u32::MAX }.encode());
+            peer.option();
+        }),
+        ("answers one option with more than 1024 replies", endless),
+    ];
+    for (reason, script) in scripts {
+        let found = client(Side::Source, move |_, mut peer| script(&mut peer)).err().expect("a lie").to_string();
+        assert!(found.contains(reason), "{reason}: {found}");
+    }
+}
+
+#[test]
+fn errors_of_the_server_are_the_systems() {
+    let found = client(Side::Source, |_, mut peer| {
+        peer.shake_hands(FLAGS);
+        while let Some((request, _)) = peer.request() {
+            let error = b"\0\0\0\x1c\0\x03why";
+            peer.chunk(request.cookie, chunk::ERROR, chunk::DONE, error);
+        }
+    });
+    let error = found.unwrap().read_at(&mut [0; 512], 512).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+}
+
+#[test]
+fn replies_in_any_order_reach_who_asked() {
+    let nbd = client_with(Terms { patience: Duration::from_secs(20), ..terms() }, Side::Source, |_, mut peer| {
+        peer.shake_hands(FLAGS);
+        let mut held: Vec<Request> = Vec::new();
+        while let Some((request, _)) = peer.request() {
+            held.push(request);
+            // Of four threads with two pieces each: the last one is answered first.
+            if held.len() == 8 {
+                for request in held.drain(..).rev() {
+                    peer.data(&request, (request.offset >> 18) as u8 + 1);
+                }
+            }
+        }
+    })
+    .unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let nbd = &nbd;
+            scope.spawn(move || {
+                for _ in 0..50 {
+                    let mut buf = vec![0; 512 << 10];
+                    nbd.read_at(&mut buf, thread * (512 << 10)).unwrap();
+                    for (piece, bytes) in buf.chunks(256 << 10).enumerate() {
+                        let expected = (thread * 2) as u8 + piece as u8 + 1;
+                        assert!(bytes.iter().all(|byte| *byte == expected));
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// A disk in memory behind each connection; what a connection wrote and did not flush is lost with it.
+fn forgetful(disk: Arc<Mutex<Vec<u8>>>, dies_after: usize) -> impl Fn(usize, Peer) + Send + Sync {
+    move |number, mut peer| {
+        peer.shake_hands(FLAGS);
+        let mut volatile = disk.lock().unwrap().clone();
+        let mut served = 0;
+        while let Some((request, data)) = peer.request() {
+            let range = request.offset as usize..request.offset as usize + request.length as usize;
+            match request.command {
+                command::WRITE => volatile[range].copy_from_slice(&data),
+                command::WRITE_ZEROES => volatile[range].fill(0),
+                command::FLUSH => disk.lock().unwrap().clone_from(&volatile),
+                command::BLOCK_STATUS => {
+                    peer.chunk(request.cookie, chunk::BLOCK_STATUS, chunk::DONE, b"\0\0\0\x07\0\x80\0\0\0\0\0\0");
+                    continue;
+                }
+                _ => panic!("not asked for here: {request:?}"),
+            }
+            served += 1;
+            if number == 0 && served > dies_after {
+                return;
+            }
+            peer.simple(request.cookie, 0);
+        }
+    }
+}
+
+#[test]
+fn what_a_restarted_server_forgot_is_written_again() {
+    for dies_after in [0, 1, 3, 4, 5] {
+        let disk = Arc::new(Mutex::new(vec![0xff; LENGTH as usize]));
+        let terms = Terms { reconnect: Duration::from_secs(5), patience: Duration::from_secs(5), ..terms() };
+        let nbd = client_with(terms, Side::Target, forgetful(Arc::clone(&disk), dies_after)).unwrap();
+        for piece in 0..4u64 {
+            nbd.write_at(&vec![piece as u8 + 1; 4096], piece * 4096).unwrap();
+        }
+        nbd.write_zeroes(ByteRange::new(1 << 20, 1 << 20)).unwrap();
+        nbd.flush().unwrap();
+        let disk = disk.lock().unwrap();
+        for piece in 0..4usize {
+            assert!(disk[piece * 4096..][..4096].iter().all(|byte| *byte == piece as u8 + 1), "{dies_after}");
+        }
+        assert!(disk[1 << 20..2 << 20].iter().all(|byte| *byte == 0), "{dies_after}");
+    }
+}
+
+#[test]
+fn a_target_that_is_not_flushed_does_not_survive_a_restart() {
+    let disk = Arc::new(Mutex::new(vec![0; LENGTH as usize]));
+    let mut nbd = client(Side::Target, forgetful(disk, 1)).unwrap();
+    nbd.usage.flushes = false;
+    nbd.write_at(&[1; 4096], 0).unwrap();
+    let error = nbd.write_at(&[1; 4096], 4096).unwrap_err().to_string();
+    assert!(error.contains("after writes that no flush covers"), "{error}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #[test]
+    fn any_bytes_of_a_server_end_soon(is_shaken in any::<bool>(), bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let terms = Terms { reconnect: Duration::ZERO, ..terms() };
+        let nbd = client_with(terms, Side::Source, move |_, mut peer| {
+            if is_shaken {
+                peer.shake_hands(FLAGS);
+                peer.request();
+            }
+            peer.send(&bytes);
+        });
+        if let Ok(nbd) = nbd {
+            prop_assert!(nbd.read_at(&mut [0; 8192], 0).is_err());
+        }
+    }
+}
