@@ -13,7 +13,6 @@ use std::process::Command;
 use std::time::Instant;
 
 const KIB4: u64 = 4096;
-const MIB: u64 = 1 << 20;
 /// Odd, so that all places of a disk of a power of two are visited.
 const STRIDE: u64 = 4099 * KIB4;
 const THREADS: u64 = 4;
