@@ -15,7 +15,7 @@ use crate::image::lock::{self, ImageLock, Protection, Terms};
 use crate::image::medium::Medium;
 use crate::image::open::{SourceFile, SourceOptions, open_backing, open_source};
 use crate::image::probe::{self, Probe, probe};
-use crate::image::qcow2::ExistingQcow2;
+use crate::image::qcow2::{ExistingQcow2, Qcow2};
 use crate::image::raw::Raw;
 use crate::image::target::{InPlace, open_alone};
 use crate::image::{Image, Properties};
@@ -391,7 +391,9 @@ impl Locks {
 
 /// The image in `raw`, to be written in place, with its backing chain, which nobody may write.
 fn open_qcow2(raw: &Arc<Raw>, path: &Path, locks: &mut Locks) -> Result<Arc<dyn Image>> {
-    let backing = open_backing(path)?;
+    let failed = |e| Error::file(Side::Disk, "open", path, e);
+    let header = Qcow2::header_of(&**raw).map_err(failed)?;
+    let backing = if header.backing.is_some() { open_backing(path)? } else { None };
     let behind = match backing {
         None => None,
         Some(backing) => {
@@ -400,8 +402,7 @@ fn open_qcow2(raw: &Arc<Raw>, path: &Path, locks: &mut Locks) -> Result<Arc<dyn 
             Some(backing.image)
         }
     };
-    let opened = ExistingQcow2::load(raw.clone(), behind);
-    Ok(Arc::new(opened.map_err(|e| Error::file(Side::Disk, "open", path, e))?))
+    Ok(Arc::new(ExistingQcow2::load(raw.clone(), behind).map_err(failed)?))
 }
 
 #[cfg(test)]
