@@ -10,6 +10,8 @@ pub mod handshake;
 mod input;
 mod replies;
 pub mod request;
+#[cfg(test)]
+mod tests;
 pub mod watch;
 pub mod wire;
 
