@@ -263,6 +263,13 @@ impl Mount {
         Self { folder, _home: None }
     }
 
+    /// The kernel's list of FUSE connections.
+    pub fn fusectl() -> Self {
+        let folder = folder();
+        run("mount", &["-t", "fusectl", "fusectl", text(folder.path())]);
+        Self { folder, _home: None }
+    }
+
     /// A fresh xfs (with reflinks), btrfs or ext4 in a sparse file.
     pub fn fresh(kind: &str) -> Self {
         let (home, folder) = (folder(), folder());

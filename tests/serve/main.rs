@@ -1,0 +1,9 @@
+//! Served disks, and real programs that write them while they are backed up.
+
+#![cfg(all(feature = "cli", feature = "fuse", feature = "nbd"))]
+
+mod fuse;
+mod kit;
+mod proof;
+#[path = "../support/mod.rs"]
+mod support;
