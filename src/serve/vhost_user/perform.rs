@@ -7,8 +7,9 @@ use std::cell::RefCell;
 use std::io;
 use virtio_bindings::virtio_blk as blk;
 
-/// Bytes that are moved at once; no guest's request makes us hold more.
-const PIECE: u64 = 1 << 20;
+/// Bytes that are moved at once; no guest's request makes us hold more. Small enough to stay in a processor's own cache
+/// between its two copies.
+const PIECE: u64 = 128 << 10;
 /// Ranges of one discard or write-zeroes.
 pub const MOST_RANGES: u32 = 32;
 /// Sectors of one such range.

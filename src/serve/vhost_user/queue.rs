@@ -6,7 +6,7 @@
 //! wait, though, for then nobody takes what comes next. So a helper gets
 //!
 //! - what would wait for a backup just now: a write that is to be saved first, every write during a freeze;
-//! - where requests have been slow of late (the medium, or their size), each that has others beside it.
+//! - where requests have been slow of late, more than copying takes, each that has others beside it.
 
 use super::config;
 use super::helpers::Helpers;
@@ -26,6 +26,10 @@ use vm_memory::GuestAddressSpace;
 const SLOW_NS: u64 = 60_000;
 /// A new duration counts as one of so many.
 const MEMORY: u64 = 8;
+/// And for no more than this: one that was preempted says nothing of the others.
+const LONGEST_NS: u64 = 4 * SLOW_NS;
+/// Answers that the guest is told of at once, where there is more to do and it is quick.
+const BATCH: u32 = 8;
 /// So many slow requests are given away after one that kept others waiting, even if they look alone.
 const CROWD: u32 = 32;
 
@@ -78,9 +82,11 @@ impl Lane {
         self.duration.load(Relaxed) > SLOW_NS
     }
 
-    fn learn(&self, duration: Duration) {
+    /// Of a request that moved `length` bytes, a nanosecond for each of which is not waiting.
+    fn learn(&self, duration: Duration, length: u64) {
         // Threads may overwrite each other's sample: it is an estimate.
-        let (old, new) = (self.duration.load(Relaxed), duration.as_nanos() as u64);
+        let new = (duration.as_nanos() as u64).saturating_sub(length).min(LONGEST_NS);
+        let old = self.duration.load(Relaxed);
         self.duration.store((old * (MEMORY - 1) + new) / MEMORY, Relaxed);
     }
 
@@ -138,12 +144,17 @@ impl Service {
                 return;
             }
             let memory = memory.memory().into_inner();
-            loop {
+            let mut untold = 0;
+            let is_closed = loop {
                 match self.take(lane, vring, &memory) {
-                    Ok(Some(taken)) => self.dispatch(lane, vring, taken, &memory, helpers),
-                    Ok(None) => break,
-                    Err(Closed) => return,
+                    Ok(Some(taken)) => self.dispatch(lane, vring, taken, &memory, helpers, &mut untold),
+                    Ok(None) => break false,
+                    Err(Closed) => break true,
                 }
+            };
+            tell_of(&mut untold, vring);
+            if is_closed {
+                return;
             }
             // True: something came before the guest was asked to ring again.
             if !vring.enable_notification().unwrap_or(false) {
@@ -169,13 +180,24 @@ impl Service {
         Ok(Some(Taken { head, request, more, size: queue.size() }))
     }
 
-    fn dispatch(&self, lane: usize, vring: &Vring, taken: Taken, memory: &Arc<Memory>, helpers: &Helpers<Errand>) {
+    fn dispatch(
+        &self,
+        lane: usize,
+        vring: &Vring,
+        taken: Taken,
+        memory: &Arc<Memory>,
+        helpers: &Helpers<Errand>,
+        untold: &mut u32,
+    ) {
         let Taken { head, request, more, size } = taken;
-        let Ok(request) = request else { return self.answer(lane, vring, head, 0) };
+        let Ok(request) = request else { return self.answer(lane, vring, head, 0, true) };
         let mine = &self.lanes[lane];
         let others = *mine.lock();
         let waits = changes(&request, memory).is_some_and(|range| self.disk.would_wait(range));
         let mut errand = Errand { lane, vring: vring.clone(), head, request, memory: memory.clone() };
+        if waits || mine.is_slow() {
+            tell_of(untold, vring);
+        }
         // A guest that has more in flight than its queue holds reuses descriptors: it waits for itself.
         if (waits || mine.is_worth_a_helper(more, others > 1)) && others <= u32::from(size) {
             errand = match helpers.give(errand) {
@@ -183,7 +205,9 @@ impl Service {
                 Err(errand) => errand,
             };
         }
-        self.run(errand, !waits);
+        let tell = !more || waits || mine.is_slow() || *untold + 1 >= BATCH;
+        self.run(errand, !waits, tell);
+        *untold = if tell { 0 } else { *untold + 1 };
         if more && mine.is_slow() {
             mine.crowd.store(CROWD, Relaxed);
         }
@@ -192,28 +216,26 @@ impl Service {
     /// Does a request and answers it.
     pub fn errand(&self, errand: Errand) {
         let waits = changes(&errand.request, &errand.memory).is_some_and(|range| self.disk.would_wait(range));
-        self.run(errand, !waits);
+        self.run(errand, !waits, true);
     }
 
-    fn run(&self, errand: Errand, is_typical: bool) {
+    fn run(&self, errand: Errand, is_typical: bool, tell: bool) {
         let Errand { lane, vring, head, request, memory } = errand;
         let since = Instant::now();
         let through = config::writes_through(self.acknowledged.load(Relaxed), self.writeback.load(Relaxed));
         let status = perform(&self.disk, &request, &memory, through);
         if is_typical {
-            self.lanes[lane].learn(since.elapsed());
+            self.lanes[lane].learn(since.elapsed(), request.input.length() + request.output.length());
         }
-        self.answer(lane, &vring, head, request.answer(&memory, status.byte()));
+        self.answer(lane, &vring, head, request.answer(&memory, status.byte()), tell);
     }
 
-    fn answer(&self, lane: usize, vring: &Vring, head: u16, written: u32) {
-        let told = {
-            let mut state = vring.get_mut();
-            state.add_used(head, written).is_ok() && state.needs_notification().unwrap_or(true)
-        };
-        if told {
-            // Without an eventfd the guest looks by itself.
-            let _ = vring.signal_used_queue();
+    /// `tell`: now, of this one and of those before it.
+    fn answer(&self, lane: usize, vring: &Vring, head: u16, written: u32, tell: bool) {
+        // It fails for a head that is in no table: whose else could it be?
+        let _ = vring.add_used(head, written);
+        if tell {
+            tell_of(&mut 1, vring);
         }
         let lane = &self.lanes[lane];
         let mut in_flight = lane.lock();
@@ -221,6 +243,14 @@ impl Service {
         if *in_flight == 0 {
             lane.none.notify_all();
         }
+    }
+}
+
+/// Rings at the guest's, if it wants to hear of what was used.
+fn tell_of(untold: &mut u32, vring: &Vring) {
+    if std::mem::take(untold) > 0 && vring.needs_notification().unwrap_or(true) {
+        // Without an eventfd the guest looks by itself.
+        let _ = vring.signal_used_queue();
     }
 }
 
