@@ -1,7 +1,6 @@
 //! The manual pages and the completions, from the one definition of the flags.
 
-use super::args::Args;
-use clap::CommandFactory;
+use super::environment;
 use clap_complete::Shell;
 use std::io;
 
@@ -12,7 +11,7 @@ const SYNOPSIS: &str = "drive-backup [OPTION]... --device PATH --target PATH|-";
 
 /// drive-backup(1), in roff.
 pub fn page() -> io::Result<Vec<u8>> {
-    render(Args::command().override_usage(SYNOPSIS), SECTIONS)
+    render(environment::command().override_usage(SYNOPSIS), SECTIONS)
 }
 
 fn render(command: clap::Command, sections: &str) -> io::Result<Vec<u8>> {
@@ -35,7 +34,7 @@ const SERVE_SYNOPSIS: &str =
 
 /// drive-backup-serve(1), in roff.
 pub fn serve_page() -> io::Result<Vec<u8>> {
-    let command = Args::command();
+    let command = environment::command();
     let serve = command.find_subcommand("serve").expect("it is defined").clone().name("drive-backup-serve");
     render(serve.override_usage(SERVE_SYNOPSIS).version(env!("CARGO_PKG_VERSION")), SERVE_SECTIONS)
 }
@@ -45,7 +44,7 @@ pub fn completions() -> [(&'static str, Vec<u8>); 3] {
     [("drive-backup.bash", Shell::Bash), ("_drive-backup", Shell::Zsh), ("drive-backup.fish", Shell::Fish)].map(
         |(name, shell)| {
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Args::command(), "drive-backup", &mut script);
+            clap_complete::generate(shell, &mut environment::command(), "drive-backup", &mut script);
             (name, script)
         },
     )

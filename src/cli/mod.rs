@@ -1,6 +1,7 @@
 //! Flags, terminal, exit codes.
 
 mod args;
+mod environment;
 mod exit;
 mod hooks;
 mod json;
@@ -23,8 +24,7 @@ mod watch;
 
 use crate::backup::{Disk, Ended};
 use crate::error::{Error, Kind};
-use args::{Args, Verb};
-use clap::Parser;
+use args::Verb;
 use progress::People;
 use resolve::{JsonEnd, View};
 use session::{Ends, Session};
@@ -79,7 +79,7 @@ fn run_with<E>(arguments: &[OsString], engine: E) -> anyhow::Result<Ending>
 where
     E: FnOnce(&[Disk<'_>], &Ended<'_>) + Send + 'static,
 {
-    let args = match Args::try_parse_from(arguments) {
+    let args = match environment::parse(arguments) {
         Ok(args) => args,
         Err(shown) if !shown.use_stderr() => {
             // A reader who closed early (`--help | head -1`) has what he wanted.

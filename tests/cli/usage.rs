@@ -1,6 +1,6 @@
 //! Bad arguments: exit 2, one line with a hint, nothing touched. Help and version: standard output.
 
-use crate::kit::{Bench, records};
+use crate::kit::{Bench, code, records};
 use std::fs;
 
 #[test]
@@ -72,4 +72,29 @@ fn help_and_version_go_to_standard_output() {
         assert_eq!(output.status.code(), Some(0));
         assert!(String::from_utf8(output.stdout).unwrap().contains(word) && output.stderr.is_empty(), "{flag}");
     }
+}
+
+#[test]
+fn options_may_come_from_the_environment() {
+    let bench = Bench::new();
+    let mut command = bench.bare();
+    command.args(["--target", "out.raw"]).envs([
+        ("DRIVE_BACKUP_DEVICE", "disk.raw"),
+        ("DRIVE_BACKUP_JSON", "1"),
+        ("DRIVE_BACKUP_NO_FSYNC", "off"),
+        ("DRIVE_BACKUP_SPEED", "1G"),
+        ("DRIVE_BACKUP_FINISH_BY", ""),
+        ("DRIVE_BACKUP_TARGET", "elsewhere.raw"),
+    ]);
+    let output = command.output().unwrap();
+    assert_eq!(code(output.status), 0, "{}", String::from_utf8_lossy(&output.stderr));
+    let records = records(&output.stdout);
+    assert_eq!(records[0]["speed_limit"], 1 << 30);
+    assert_eq!(records.last().unwrap()["durable"], true, "a flag that is off is not given");
+    bench.assert_copied("out.raw");
+    assert_eq!(bench.leftovers(), ["out.raw"], "what is on the command line counts");
+    let wrong = bench.backup().env("DRIVE_BACKUP_SPEED", "fast").output().unwrap();
+    assert_eq!(code(wrong.status), 2);
+    let help = String::from_utf8(bench.bare().arg("--help").output().unwrap().stdout).unwrap();
+    assert!(help.contains("[env: DRIVE_BACKUP_SPEED]") && help.contains("[env: DRIVE_BACKUP_ON_SOURCE_ERROR]"));
 }

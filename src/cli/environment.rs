@@ -1,0 +1,67 @@
+//! An environment variable for each option: DRIVE_BACKUP_SPEED for `--speed`, DRIVE_BACKUP_SERVE_NBD for `serve --nbd`.
+
+use super::args::Args;
+use clap::builder::FalseyValueParser;
+use clap::{ArgAction, Command, CommandFactory, FromArgMatches};
+use std::ffi::OsString;
+
+const PREFIX: &str = "DRIVE_BACKUP";
+
+/// The definition of the flags, with their variables. One that is empty is as if it were not set.
+pub fn command() -> Command {
+    twinned(Args::command(), PREFIX)
+}
+
+/// Reads the arguments, and the environment where they say nothing.
+pub fn parse(arguments: &[OsString]) -> Result<Args, clap::Error> {
+    Args::from_arg_matches(&command().try_get_matches_from(arguments)?)
+}
+
+fn twinned(command: Command, prefix: &str) -> Command {
+    let command = command.mut_args(|arg| {
+        let Some(name) = arg.get_long().map(|long| variable(prefix, long)) else { return arg };
+        if std::env::var_os(&name).is_some_and(|value| value.is_empty()) {
+            return arg;
+        }
+        // Off, no, false and 0 are; everything else is not.
+        let is_flag = matches!(arg.get_action(), ArgAction::SetTrue);
+        let arg = if is_flag { arg.value_parser(FalseyValueParser::new()) } else { arg };
+        // Help and manual say the same on every machine.
+        arg.env(name).hide_env_values(true)
+    });
+    command.mut_subcommands(|command| {
+        let prefix = variable(prefix, command.get_name());
+        twinned(command, &prefix)
+    })
+}
+
+fn variable(prefix: &str, name: &str) -> String {
+    format!("{prefix}_{}", name.to_uppercase().replace('-', "_"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_option_has_its_variable_and_no_two_have_the_same() {
+        fn check(command: &Command, seen: &mut Vec<OsString>) {
+            for arg in command.get_arguments().filter(|arg| arg.get_long().is_some()) {
+                let name = arg.get_env().unwrap_or_else(|| panic!("{arg}")).to_owned();
+                assert!(!seen.contains(&name), "{name:?}");
+                seen.push(name);
+            }
+            command.get_subcommands().for_each(|command| check(command, seen));
+        }
+        let mut seen = Vec::new();
+        check(&command(), &mut seen);
+        for name in ["DRIVE_BACKUP_SPEED", "DRIVE_BACKUP_ON_CBW_ERROR", "DRIVE_BACKUP_SERVE_NBD"] {
+            assert!(seen.contains(&name.into()), "{name}");
+        }
+        // These have meanings of their own.
+        for name in ["DRIVE_BACKUP_DIR", "DRIVE_BACKUP_HOOK", "DRIVE_BACKUP_HOOK_DEVICE", "DRIVE_BACKUP_HOOK_TARGET"] {
+            assert!(!seen.contains(&name.into()), "{name}");
+        }
+        command().debug_assert();
+    }
+}
