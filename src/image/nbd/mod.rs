@@ -72,7 +72,7 @@ impl Nbd {
         let dial: Dial = Box::new(move |timeout| Stream::connect(&address, timeout));
         let ask = handshake::Ask { export: uri.export.clone(), tls, timeout: CONNECT_TIMEOUT };
         let terms = Terms { connect: CONNECT_TIMEOUT, patience: PATIENCE, reconnect: usage.reconnect };
-        Self::over(dial, ask, terms, usage).map_err(|error| {
+        Self::begin(dial, ask, terms, usage).map_err(|error| {
             if error.raw_os_error() == Some(libc::EROFS) {
                 return Error::new(Kind::Target, format!("open target '{name}': the export is read-only"));
             }
@@ -80,7 +80,13 @@ impl Nbd {
         })
     }
 
-    fn over(dial: Dial, ask: handshake::Ask, terms: Terms, usage: Use) -> io::Result<Self> {
+    /// An export over connections that `dial` makes, in the clear. Blocks as the terms say.
+    pub fn over(dial: Dial, export: &str, terms: Terms, usage: Use) -> io::Result<Self> {
+        let ask = handshake::Ask { export: export.to_owned(), tls: None, timeout: terms.connect };
+        Self::begin(dial, ask, terms, usage)
+    }
+
+    fn begin(dial: Dial, ask: handshake::Ask, terms: Terms, usage: Use) -> io::Result<Self> {
         let is_target = usage.side == Side::Target;
         let pool = Pool::open(dial, ask, terms, is_target)?;
         if is_target && pool.export().has(transmission::READ_ONLY) {

@@ -1,6 +1,5 @@
 //! The client against servers that play by a script: each lie must end in an error of one line, soon, without a panic.
 
-use super::handshake::Ask as Hello;
 use super::*;
 use crate::nbd::protocol::{
     Chunk, GREETING_MAGIC, OPTION_MAGIC, OptionHeader, OptionReply, Request, SimpleReply, chunk, info, option,
@@ -110,8 +109,7 @@ fn client_with(terms: Terms, side: Side, script: impl Fn(usize, Peer) + Send + S
         std::thread::spawn(move || script(number, Peer { socket: theirs }));
         Ok(Stream::unix(ours))
     });
-    let hello = Hello { export: "disk".to_owned(), tls: None, timeout: terms.connect };
-    Nbd::over(dial, hello, terms, Use { side, flushes: true, reconnect: terms.reconnect })
+    Nbd::over(dial, "disk", terms, Use { side, flushes: true, reconnect: terms.reconnect })
 }
 
 /// A client that reads one MiB from a server that answers its first request so.
