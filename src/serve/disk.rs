@@ -259,6 +259,21 @@ impl Disk {
         self.image.write_at(buf, offset)
     }
 
+    /// The file whose bytes are the disk's, for who reads them into memory that is not ours; `None`: [`Disk::read`] knows.
+    pub fn plain_file(&self) -> Option<&File> {
+        self.image.file()
+    }
+
+    /// [`Disk::write`] of bytes that are not in our memory: `write` puts them at `range` of the file. False, with nothing done,
+    /// where the disk's bytes are not a file's, and where they have to be looked at first. Blocks.
+    pub fn write_by(&self, range: ByteRange, write: impl FnOnce(&File) -> io::Result<()>) -> io::Result<bool> {
+        self.check(range, Errno::NOSPC)?;
+        let looked_at = self.guess.is_some() && range.offset < probe::LENGTH as u64;
+        let Some(file) = self.image.file().filter(|_| !looked_at) else { return Ok(false) };
+        let Some(_bracket) = self.change(range)? else { return Ok(true) };
+        write(file).map(|()| true)
+    }
+
     /// Makes `range` read as zeroes. Without `may_unmap` its space stays, or becomes, allocated. Blocks.
     pub fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> io::Result<()> {
         self.check(range, Errno::NOSPC)?;

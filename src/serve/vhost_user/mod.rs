@@ -16,6 +16,7 @@ mod helpers;
 mod perform;
 mod queue;
 mod request;
+mod transfer;
 mod vring;
 
 use super::disk::Disk;

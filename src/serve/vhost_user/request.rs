@@ -5,7 +5,7 @@
 
 use virtio_bindings::virtio_blk as blk;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
 /// Unit of positions and lengths in requests, whatever the disk's block size.
 pub const SECTOR: u64 = 512;
@@ -118,12 +118,19 @@ impl Stream {
         if done == bytes.len() { Ok(()) } else { Err(Malformed) }
     }
 
-    /// Is all of it in the guest's memory?
-    pub fn is_in(&self, memory: &Memory) -> bool {
-        let inside = |&(address, length): &(GuestAddress, u32)| {
-            GuestMemory::check_range(memory, address, length as usize, Permissions::ReadWrite)
-        };
-        self.pieces.iter().all(inside)
+    /// Where all of it is in our memory; [`Malformed`] if a part is not in the guest's.
+    pub fn slices<'a>(&self, memory: &'a Memory) -> Result<Vec<VolatileSlice<'a>>, Malformed> {
+        let mut slices = Vec::with_capacity(self.pieces.len());
+        for &(address, length) in self.pieces.iter().filter(|(_, length)| *length > 0) {
+            // Of one piece there are several where regions of memory meet.
+            for slice in GuestMemory::get_slices(memory, address, length as usize, Permissions::ReadWrite)
+                .map_err(|_| Malformed)?
+            {
+                slices.push(slice.map_err(|_| Malformed)?);
+            }
+        }
+        let found: u64 = slices.iter().map(|slice| slice.len() as u64).sum();
+        if found == self.length { Ok(slices) } else { Err(Malformed) }
     }
 }
 
