@@ -352,3 +352,30 @@ fn systemd_hears_that_it_is_ready_and_that_it_ends() {
     assert_eq!(hear(&mut heard), "STOPPING=1");
     assert_eq!(server.ended().code, 0);
 }
+
+#[test]
+fn a_backup_that_would_rather_fail_writes_fails_those_of_clients_with_the_errno() {
+    let lab = Lab::new("raw");
+    std::fs::write(&lab.disk, vec![1; DISK as usize]).unwrap();
+    let server = lab.serve();
+    let client = lab.client();
+    let (copy, writers) = (lab.path("copy.raw"), lab.path("writers"));
+    let ends = ["--device", text(&lab.disk), "--target", text(&copy), "--writer-dir", text(&writers)];
+    let how =
+        ["--on-cbw-error", "break-guest-write", "--snapshot", "overlay", "--overlay-limit", "64K", "--speed", "64K"];
+    let backup = Running::drive_backup(&[&ends[..], &how].concat());
+    // From the end, where the copy comes last.
+    let mut at = DISK;
+    let error = wait_for("a write that is refused", || {
+        at -= BLOCK as u64;
+        client.write_at(&block(1), at).err()
+    });
+    assert_eq!(error.raw_os_error(), Some(nix::libc::ENOSPC), "{error}");
+    let mut refused = vec![0; BLOCK];
+    client.read_at(&mut refused, at).unwrap();
+    assert_eq!(refused, [1; BLOCK]);
+    drop(backup);
+    wait_for("writes after the backup", || client.write_at(&block(1), at).ok());
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.ended().code, 0);
+}
