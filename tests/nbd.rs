@@ -227,6 +227,14 @@ fn a_flush_that_fails_is_a_failure() {
     let server = serve(command, &socket);
     backup(text(&at("disk.raw")), &server.uri(), &[]).fails(5, "flush target");
     backup(text(&at("disk.raw")), &server.uri(), &["--no-fsync"]).succeeds();
+
+    let socket = at("t");
+    let mut command = quiet("nbdkit");
+    command.args(["-f", "-U", text(&socket), "eval", "get_size=echo 1M", "pread=exit 1", "can_write=exit 0"]);
+    command.args(["pwrite=cat >/dev/null", "can_flush=exit 3"]);
+    let server = serve(command, &socket);
+    let ended = backup(text(&at("disk.raw")), &server.uri(), &[]);
+    assert!(ended.code == 0 && ended.stderr.contains("can't flush"), "{ended:?}");
 }
 
 /// Runs a backup at a pace that leaves time to kill its server, and kills it once bytes have moved.

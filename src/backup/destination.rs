@@ -85,6 +85,11 @@ impl Destination {
         let usage = Use { side: Side::Target, flushes: options.fsync, reconnect: options.reconnect };
         let image = Nbd::open(uri, usage)?;
         refuse_other_size(origin.length(), name, image.length())?;
+        let mut warnings = Vec::new();
+        if options.fsync && !image.can_flush() {
+            let what = format!("the server of target '{uri}' can't flush: what a success means is its own affair");
+            warnings.push(Warning::general("no_flush", what));
+        }
         Ok(Self {
             image: Arc::new(image),
             format: Format::Raw,
@@ -92,7 +97,7 @@ impl Destination {
             path: Some(name.to_owned()),
             publish: None,
             raw: None,
-            warnings: Vec::new(),
+            warnings,
             _lock: None,
         })
     }

@@ -55,6 +55,8 @@ pub struct Nbd {
     extents: Extents,
     usage: Use,
     reads_zero: bool,
+    /// The server does not say what ranges hold, though it promised to.
+    no_status: AtomicBool,
     /// After a failed flush nothing is durable any more.
     flush_failed: AtomicBool,
     flushing: Mutex<()>,
@@ -97,29 +99,53 @@ impl Nbd {
             extents: Extents::default(),
             usage,
             reads_zero: false,
+            no_status: AtomicBool::new(false),
             flush_failed: AtomicBool::new(false),
             flushing: Mutex::default(),
             patching: Mutex::default(),
         };
-        nbd.reads_zero = is_target && nbd.is_empty()?;
+        nbd.reads_zero = is_target && nbd.is_empty();
         nbd.extents.forget();
         Ok(nbd)
     }
 
     /// Does the server say that all of it reads as zeroes?
-    fn is_empty(&self) -> io::Result<bool> {
+    fn is_empty(&self) -> bool {
         let mut rest = ByteRange::new(0, self.length());
         for _ in 0..EMPTY_QUESTIONS {
             if rest.is_empty() {
-                return Ok(true);
+                return true;
             }
-            let extent = self.block_status(rest)?;
+            let Ok(extent) = self.block_status(rest) else { return false };
             if extent != Extent::zero(extent.range) {
-                return Ok(false);
+                return false;
             }
             rest = ByteRange::between(extent.range.end(), rest.end());
         }
-        Ok(false)
+        false
+    }
+
+    /// As [`Image::block_status`], from the server or from what it said before.
+    fn status(&self, range: ByteRange) -> io::Result<Extent> {
+        if self.pool.export().context.is_none() {
+            return Ok(Extent::data(range));
+        }
+        if let Some(known) = self.extents.find(range) {
+            return Ok(known);
+        }
+        let asked = self.around(ByteRange::new(range.offset, STATUS_RANGE.min(self.length() - range.offset)));
+        let mut told = Vec::new();
+        self.pool.run(|connection| {
+            told.clear();
+            connection.ask(Ask::Status(&mut told), asked.offset, asked.length)
+        })?;
+        self.extents.keep(asked.offset, self.length(), &told);
+        Ok(self.extents.find(range).unwrap_or(Extent::data(range)))
+    }
+
+    /// Whether a flush means something to the server.
+    pub fn can_flush(&self) -> bool {
+        self.pool.export().has(transmission::SEND_FLUSH)
     }
 
     fn block(&self) -> u64 {
@@ -133,7 +159,7 @@ impl Nbd {
     }
 
     fn keeps(&self) -> bool {
-        self.usage.flushes && self.pool.export().has(transmission::SEND_FLUSH)
+        self.usage.flushes && self.can_flush()
     }
 
     fn write_blocks(&self, buf: &[u8], offset: u64) -> io::Result<()> {
@@ -199,21 +225,15 @@ impl Image for Nbd {
         self.pool.export().length
     }
 
+    /// A server that fails to say it is not asked again: everything is data then.
     fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
-        if self.pool.export().context.is_none() {
+        if self.no_status.load(Relaxed) {
             return Ok(Extent::data(range));
         }
-        if let Some(known) = self.extents.find(range) {
-            return Ok(known);
-        }
-        let asked = self.around(ByteRange::new(range.offset, STATUS_RANGE.min(self.length() - range.offset)));
-        let mut told = Vec::new();
-        self.pool.run(|connection| {
-            told.clear();
-            connection.ask(Ask::Status(&mut told), asked.offset, asked.length)
-        })?;
-        self.extents.keep(asked.offset, self.length(), &told);
-        Ok(self.extents.find(range).unwrap_or(Extent::data(range)))
+        Ok(self.status(range).unwrap_or_else(|_| {
+            self.no_status.store(true, Relaxed);
+            Extent::data(range)
+        }))
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
