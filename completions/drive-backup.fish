@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_drive_backup_global_optspecs
-    string join \n device= source-format= no-backing allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-frozen= hook-after= hook-failed= hook-timeout= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= q/quiet v/verbose h/help V/version
+    string join \n device= source-format= no-backing dry-run allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-frozen= hook-after= hook-failed= hook-timeout= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= q/quiet v/verbose h/help V/version
 end
 
 function __fish_drive_backup_needs_command
@@ -76,6 +76,7 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -l progress-inte
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l status-file -d 'Keep the newest JSON record in a file, replaced as a whole; of several disks, a line for each' -r -F
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l metrics-file -d 'When the run ends, however it does, write how it went for Prometheus\'s node_exporter (FILE.prom in its folder)' -r -F
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l no-backing -d 'Refuse a source that has a backing file'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l dry-run -d 'Open, lock and check everything, say what the backup would take, and stop before its first byte'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l allow-inconsistent -d 'Accept a source that changes while it is copied; the copy may then be torn, and the summary says so'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l no-fsync -d 'Do not flush the target; a success then promises nothing about a power cut'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l direct -d 'Bypass the page cache'

@@ -17,6 +17,8 @@ pub trait Monitor: Send + Sync {
 pub enum Event<'a> {
     /// The instant is taken; copying begins.
     Started(&'a Started),
+    /// Everything was opened and checked, and nothing more will be done.
+    Rehearsed(&'a Rehearsal),
     /// Something that the user should know and that ends nothing.
     Warning(&'a Warning),
     /// An I/O error, each time, with what was done about it.
@@ -81,6 +83,41 @@ pub struct Started {
     pub writers: usize,
     /// For how long they were frozen.
     pub frozen: Option<Duration>,
+}
+
+/// What a backup would take.
+#[derive(Clone, Debug)]
+pub struct Rehearsal {
+    /// The source, as given.
+    pub device: PathBuf,
+    /// Its format's name.
+    pub source_format: &'static str,
+    /// Its size in bytes.
+    pub virtual_size: u64,
+    /// Bytes of it that would be copied.
+    pub data: u64,
+    /// The target, as given; `None`: standard output.
+    pub target: Option<PathBuf>,
+    /// Its format's name.
+    pub target_format: &'static str,
+    /// What kind of end it is.
+    pub target_kind: TargetKind,
+    /// Bytes that are free in its folder, where it has one.
+    pub target_free: Option<u64>,
+    /// Bytes a second that could be read; `None`: there is no data.
+    pub read_speed: Option<u64>,
+    /// How long the copy would take at the asked speed, or as fast as the source can be read.
+    pub duration: Option<Duration>,
+    /// Writers attached.
+    pub writers: usize,
+    /// Bytes a second by which their writes would make the overlay grow at first.
+    pub write_rate: Option<u64>,
+    /// Bytes that the overlay holds at most, if they go on like that.
+    pub overlay_most: Option<u64>,
+    /// Bytes that are free in its folder.
+    pub overlay_free: Option<u64>,
+    /// Bytes that it may hold.
+    pub overlay_limit: Option<u64>,
 }
 
 /// Something that ends nothing.

@@ -60,9 +60,9 @@ pub struct Moment {
 }
 
 /// The writers of one disk, attached; `None`: none may be.
-struct Gathered {
-    writers: Option<Writers>,
-    cluster_size: ClusterSize,
+pub(super) struct Gathered {
+    pub writers: Option<Writers>,
+    pub cluster_size: ClusterSize,
     warnings: Vec<Warning>,
 }
 
@@ -314,7 +314,7 @@ impl Drop for Moment {
 
 impl Gathered {
     /// Attaches to the writers of a disk's image.
-    fn of(disk: &Ready<'_>) -> Result<Self> {
+    pub fn of(disk: &Ready<'_>) -> Result<Self> {
         let options = disk.options;
         let natural = ClusterSize::for_device(disk.origin.length());
         let of_image = disk.origin.image().properties().cluster_size.max(natural.bytes());

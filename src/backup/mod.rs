@@ -6,11 +6,13 @@ mod instant;
 mod options;
 mod origin;
 mod outcome;
+mod rehearsal;
 mod view;
 
 pub use crate::ring::server::OnCbwError;
 pub use options::{Mode, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
 pub use outcome::{Failure, Summary, TargetState};
+pub use rehearsal::rehearse_all;
 
 use crate::copier::{Copier, Ends, Losses, Rules};
 use crate::error::{Error, Kind, Result};

@@ -51,6 +51,13 @@ pub struct Args {
     #[arg(long, help_heading = COPY)]
     pub no_backing: bool,
 
+    /// Open, lock and check everything, say what the backup would take, and stop before its first byte
+    ///
+    /// Says how much data there is, how long it takes at the asked speed or as fast as the source can be read, how much room
+    /// there is, and, watching the writers for a second, how much the overlay will need. Hooks do not run.
+    #[arg(long, help_heading = COPY)]
+    pub dry_run: bool,
+
     /// Accept a source that changes while it is copied; the copy may then be torn, and the summary says so
     ///
     /// Without it such a source is an error: exit status 4, no target.

@@ -33,6 +33,8 @@ pub struct Record<'a> {
 pub enum Body {
     /// The instant is taken.
     Start(Box<Start>),
+    /// What a backup would take; nothing is copied.
+    Plan(Box<Plan>),
     /// At every interval, and when phase or status change.
     Status(Box<Status>),
     /// Something that ends nothing.
@@ -102,6 +104,31 @@ pub struct Start {
 }
 
 #[derive(Debug, Serialize)]
+pub struct Plan {
+    pub version: &'static str,
+    pub device: Device,
+    pub target: Target,
+    /// To be copied.
+    pub bytes_data: u64,
+    /// Bytes a second that could be read; null: there is no data.
+    pub read_speed: Option<u64>,
+    /// How long the copy would take.
+    pub seconds: Option<f64>,
+    /// Bytes that are free in the target's folder.
+    pub target_free: Option<u64>,
+    /// Writer processes attached.
+    pub writers: u64,
+    /// Bytes a second by which the overlay would grow at first.
+    pub write_rate: Option<u64>,
+    /// Bytes that the overlay would hold at most, if writers go on like that.
+    pub overlay_most: Option<u64>,
+    /// Bytes that are free in its folder.
+    pub overlay_free: Option<u64>,
+    /// Bytes that it may hold; null: no limit.
+    pub overlay_limit: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
 pub struct Status {
     /// prepare, copy, flush, verify, publish, cancel.
     pub phase: &'static str,
@@ -158,7 +185,7 @@ pub struct Fault {
 
 #[derive(Debug, Serialize)]
 pub struct Summary {
-    /// complete, or not_whole where ranges are missing.
+    /// complete; not_whole where ranges are missing; planned where nothing was to be copied.
     pub result: &'static str,
     pub exit_code: u8,
     pub durable: bool,

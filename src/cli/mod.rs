@@ -22,9 +22,10 @@ mod systemd;
 mod usage;
 mod watch;
 
-use crate::backup::{Disk, Ended};
+use crate::backup::{Disk, Ended, rehearse_all};
 use crate::error::{Error, Kind};
 use args::Verb;
+use hooks::Hooks;
 use progress::People;
 use resolve::{JsonEnd, View};
 use session::{Ends, Session};
@@ -98,6 +99,7 @@ where
     let speed = plan.steering.first_speed();
     let session = Session::start(plan.view, speed, &plan.disks, Ends { files: plan.files, ..ends(plan.view) })?;
     match session.own_process(speed).and_then(|()| session.steer(plan.steering)) {
+        Ok(()) if plan.view.dry_run => Ok(session.run(plan.disks, Hooks::default(), rehearse_all)),
         Ok(()) => Ok(session.run(plan.disks, plan.hooks, engine)),
         Err(error) => Ok(session.refuse(&Error::new(Kind::Other, format!("{error:#}")))),
     }

@@ -51,6 +51,8 @@ pub struct View {
     pub quiet: bool,
     /// What was found and done, on success too.
     pub verbose: bool,
+    /// Nothing is copied.
+    pub dry_run: bool,
 }
 
 /// Where JSON lines go.
@@ -80,6 +82,7 @@ pub fn plan(args: Args) -> Result<Plan> {
         style,
         quiet: args.quiet,
         verbose: args.verbose,
+        dry_run: args.dry_run,
     };
     let ends = args.device.iter().zip(&args.target);
     let disks = ends.map(|(device, target)| options(&args, device, target)).collect::<Result<_>>()?;

@@ -381,12 +381,18 @@ impl Watched {
         if !summary.consistent && !self.view.quiet {
             display.warn("the copy may be INCONSISTENT: the source could change while it was copied");
         }
-        if self.view.verbose || (self.view.style != Style::None && !self.view.quiet) {
+        if self.view.dry_run {
+            display.say("dry run: nothing was copied");
+        } else if self.view.verbose || (self.view.style != Style::None && !self.view.quiet) {
             display.say(&good.line());
         }
         let now = self.job.snapshot();
         let body = json::Summary {
-            result: if summary.is_whole() { "complete" } else { "not_whole" },
+            result: match summary.is_whole() {
+                _ if self.view.dry_run => "planned",
+                true => "complete",
+                false => "not_whole",
+            },
             exit_code: code,
             durable: summary.durable,
             verified: None,

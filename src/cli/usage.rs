@@ -41,6 +41,7 @@ pub fn view(arguments: &[OsString]) -> View {
         style: Style::None,
         quiet: false,
         verbose: false,
+        dry_run: false,
     }
 }
 

@@ -10,7 +10,7 @@ use crate::error::{Error, Side};
 use crate::ground::policy::Action;
 use crate::ground::status::{Pause, Phase};
 use crate::job::Job;
-use crate::monitor::{self, Event, Instant, Monitor, Started, TargetKind};
+use crate::monitor::{self, Event, Instant, Monitor, Rehearsal, Started, TargetKind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -47,6 +47,10 @@ impl Monitor for Watch {
                 if self.verbose {
                     self.display.say(&progress::started(started));
                 }
+            }
+            Event::Rehearsed(rehearsal) => {
+                self.record(|| Body::Plan(Box::new(plan_record(rehearsal))));
+                progress::rehearsed(rehearsal, self.job.speed()).iter().for_each(|line| self.display.say(line));
             }
             Event::Warning(warning) => {
                 self.warnings.fetch_add(1, Relaxed);
@@ -115,7 +119,6 @@ impl Watch {
 
     fn start(&self, started: &Started) -> Start {
         let now = self.job.snapshot();
-        let target = started.target.as_deref().unwrap_or(Path::new(STDOUT));
         Start {
             version: env!("CARGO_PKG_VERSION"),
             pid: std::process::id(),
@@ -124,17 +127,7 @@ impl Watch {
                 format: started.source_format,
                 virtual_size: started.virtual_size,
             },
-            target: Target {
-                name: PathName::of(target),
-                format: started.target_format,
-                kind: match started.target_kind {
-                    TargetKind::File => "file",
-                    TargetKind::Existing => "existing",
-                    TargetKind::Device => "device",
-                    TargetKind::Export => "nbd",
-                    TargetKind::Stdout => "stdout",
-                },
-            },
+            target: target_record(started.target.as_deref(), started.target_format, started.target_kind),
             point_in_time: json::time(started.point_in_time),
             instant: match started.instant {
                 Instant::Unchanging => "unchanging",
@@ -147,6 +140,41 @@ impl Watch {
             writers: now.writers.map_or(0, |writers| writers.attached),
             overlay: now.overlay.map(Into::into),
         }
+    }
+}
+
+fn target_record(path: Option<&Path>, format: &'static str, kind: TargetKind) -> Target {
+    Target {
+        name: PathName::of(path.unwrap_or(Path::new(STDOUT))),
+        format,
+        kind: match kind {
+            TargetKind::File => "file",
+            TargetKind::Existing => "existing",
+            TargetKind::Device => "device",
+            TargetKind::Export => "nbd",
+            TargetKind::Stdout => "stdout",
+        },
+    }
+}
+
+fn plan_record(plan: &Rehearsal) -> json::Plan {
+    json::Plan {
+        version: env!("CARGO_PKG_VERSION"),
+        device: Device {
+            name: PathName::of(&plan.device),
+            format: plan.source_format,
+            virtual_size: plan.virtual_size,
+        },
+        target: target_record(plan.target.as_deref(), plan.target_format, plan.target_kind),
+        bytes_data: plan.data,
+        read_speed: plan.read_speed,
+        seconds: plan.duration.map(|duration| duration.as_secs_f64()),
+        target_free: plan.target_free,
+        writers: plan.writers as u64,
+        write_rate: plan.write_rate,
+        overlay_most: plan.overlay_most,
+        overlay_free: plan.overlay_free,
+        overlay_limit: plan.overlay_limit,
     }
 }
 

@@ -8,6 +8,7 @@ mod json;
 mod kit;
 mod pace;
 mod quiet;
+mod rehearsal;
 mod several;
 mod signals;
 mod signs;

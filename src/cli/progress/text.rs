@@ -5,7 +5,7 @@ use crate::backup::{Summary, TargetState};
 use crate::ground::range::ByteRange;
 use crate::ground::size::{Bytes, Clock, Rate};
 use crate::ground::status::{Pause, Phase};
-use crate::monitor::{Instant, Started, TargetKind};
+use crate::monitor::{Instant, Rehearsal, Started, TargetKind};
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -80,6 +80,42 @@ pub fn started(started: &Started) -> String {
     let (device, size) = (started.device.display(), Bytes(started.virtual_size));
     let (from, to) = (started.source_format, started.target_format);
     format!("copying '{device}' ({from}, {size}) to {target} ({to}, {kind}); point in time: {instant}")
+}
+
+/// What a backup would take at `asked` bytes a second, in lines. What is too small is said in words that are seen.
+pub fn rehearsed(plan: &Rehearsal, asked: Option<u64>) -> Vec<String> {
+    let (device, size, data) = (plan.device.display(), Bytes(plan.virtual_size), Bytes(plan.data));
+    let mut lines = vec![format!("source '{device}': {}, {size}, of which {data} is data", plan.source_format)];
+    let target = plan.target.as_ref().map_or("standard output".to_owned(), |path| format!("'{}'", path.display()));
+    let mut line = format!("target {target}: {}", plan.target_format);
+    if let Some(free) = plan.target_free {
+        let short =
+            if plan.target_kind == TargetKind::File && free < plan.data { ", which may be TOO LITTLE" } else { "" };
+        write!(line, ", {} free there{short}", Bytes(free)).expect("a string");
+    }
+    lines.push(line);
+    if let Some(duration) = plan.duration {
+        let speed = asked.map_or("no limit asked for".to_owned(), |asked| format!("asked for {}", Rate(asked)));
+        let read = plan.read_speed.map_or(String::new(), |read| format!(", the source can be read at {}", Rate(read)));
+        lines.push(format!("time: {} or more; {speed}{read}", Clock(duration)));
+    }
+    let Some(rate) = plan.write_rate else {
+        lines.push("writers: none; the source must not change during the copy".to_owned());
+        return lines;
+    };
+    let most = plan.overlay_most.unwrap_or(0);
+    lines.push(format!("writers: {}, changing {} of clusters", plan.writers, Rate(rate)));
+    let mut line = format!("overlay: up to {}", Bytes(most));
+    if let Some(free) = plan.overlay_free {
+        write!(line, ", {} free there{}", Bytes(free), if free < most { ", which is TOO LITTLE" } else { "" })
+            .expect("a string");
+    }
+    if let Some(limit) = plan.overlay_limit {
+        write!(line, ", limit {}{}", Bytes(limit), if limit < most { ", which is TOO LITTLE" } else { "" })
+            .expect("a string");
+    }
+    lines.push(line);
+    lines
 }
 
 /// A backup that is complete.

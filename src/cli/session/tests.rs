@@ -21,7 +21,14 @@ fn options() -> Options {
 }
 
 fn view() -> View {
-    View { json: None, status_interval: Duration::from_millis(100), style: Style::None, quiet: false, verbose: false }
+    View {
+        json: None,
+        status_interval: Duration::from_millis(100),
+        style: Style::None,
+        quiet: false,
+        verbose: false,
+        dry_run: false,
+    }
 }
 
 /// A session, and what its readers would read.

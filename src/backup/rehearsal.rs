@@ -1,0 +1,176 @@
+//! A backup that stops before its first byte: everything is opened, locked and checked, and what it would take is told.
+
+use super::instant::{Gathered, Ready};
+use super::options::{Options, OverlayPlace};
+use super::{Disk, Ended, Failure, Summary, TargetState, fail_all, open};
+use crate::error::{Error, Result, Side};
+use crate::ground::bitmap::Bitmap;
+use crate::ground::cluster::ClusterSize;
+use crate::ground::range::{Allocation, ByteRange};
+use crate::image::Image;
+use crate::image::lock::{self, Terms};
+use crate::job::Job;
+use crate::monitor::{Event, Rehearsal};
+use crate::ring::server::{Trap, Writers};
+use crate::snapshot::tracker::FreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// For so long the writers are watched.
+const WATCH: Duration = Duration::from_secs(1);
+/// For so long the source is read, to know how fast it is.
+const READ: Duration = Duration::from_millis(500);
+/// Bytes of one read.
+const STEP: u64 = 1 << 20;
+
+/// Opens and checks disks as [`super::run_all`] does, says what it would take ([`Event::Rehearsed`]), and lets everything go
+/// again. Nothing is written but the empty file beside a new target, which is removed at once. Blocks for some seconds.
+pub fn rehearse_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
+    let opened: Result<Vec<Ready<'_>>> = disks.iter().map(|&disk| open(disk)).collect();
+    let ready = match opened {
+        Ok(ready) => ready,
+        Err(error) => return fail_all(disks.len(), error, ended),
+    };
+    for (place, (disk, ready)) in disks.iter().zip(&ready).enumerate() {
+        let rehearsed = rehearse(disk, ready).map(|rehearsal| {
+            disk.monitor.event(Event::Rehearsed(&rehearsal));
+            let (total, data, zero) = (rehearsal.virtual_size, 0, 0);
+            let (unreadable, skipped) = (Vec::new(), Vec::new());
+            Summary { total, data, zero, durable: false, consistent: true, unreadable, skipped }
+        });
+        ended(place, rehearsed.map_err(|error| Failure { error, target: TargetState::Untouched }));
+    }
+}
+
+fn rehearse(disk: &Disk<'_>, ready: &Ready<'_>) -> Result<Rehearsal> {
+    let Ready { options, origin, destination, .. } = ready;
+    let image = origin.image();
+    let length = image.length();
+    let data = data_of(&*image, disk.job);
+    let read_speed = read_speed(&*image, &data, disk.job);
+    let data = data.iter().map(|range| range.length).sum();
+    let gathered = Gathered::of(ready)?;
+    let (writers, write_rate) = match &gathered.writers {
+        None => (0, None),
+        Some(writers) => watch(writers, gathered.cluster_size, length)?,
+    };
+    if writers == 0 {
+        // Nobody may write it during the copy; let go again at once.
+        for file in origin.files() {
+            lock::acquire(file.raw.as_file(), &file.path, Side::Source, Terms::Read)?;
+        }
+    }
+    let speed = disk.job.speed().map_or(read_speed, |asked| Some(read_speed.map_or(asked, |read| read.min(asked))));
+    let duration = speed.filter(|speed| *speed > 0).map(|speed| Duration::from_secs_f64(data as f64 / speed as f64));
+    let overlay_most =
+        write_rate.zip(duration).map(|(rate, time)| length.min((rate as f64 * time.as_secs_f64()) as u64));
+    Ok(Rehearsal {
+        device: options.device.name().to_owned(),
+        source_format: origin.format().name(),
+        virtual_size: length,
+        data,
+        target: destination.path().map(ToOwned::to_owned),
+        target_format: destination.format().name(),
+        target_kind: destination.kind(),
+        target_free: destination.path().and_then(folder_of).and_then(free_in),
+        read_speed,
+        duration,
+        writers,
+        write_rate,
+        overlay_most,
+        overlay_free: overlay_free(options),
+        overlay_limit: options.overlay_limit,
+    })
+}
+
+/// What would be read. Of an image whose tables can't be read, everything.
+fn data_of(image: &dyn Image, job: &Job) -> Vec<ByteRange> {
+    let mut rest = ByteRange::new(0, image.length());
+    let mut data: Vec<ByteRange> = Vec::new();
+    while !rest.is_empty() && !job.is_cancelled() {
+        let Ok(extent) = image.block_status(rest) else {
+            data.push(rest);
+            break;
+        };
+        if extent.allocation == Allocation::Data {
+            data.push(extent.range);
+        }
+        rest = ByteRange::between(extent.range.end(), rest.end());
+    }
+    data
+}
+
+/// Bytes a second, from the first of it; `None`: nothing to read, or it can't be.
+fn read_speed(image: &dyn Image, data: &[ByteRange], job: &Job) -> Option<u64> {
+    let steps = |range: &ByteRange| {
+        let range = *range;
+        (range.offset..range.end())
+            .step_by(STEP as usize)
+            .map(move |at| ByteRange::between(at, range.end()).prefix(STEP))
+    };
+    let mut buffer = vec![0; STEP as usize];
+    let (begin, mut read) = (Instant::now(), 0);
+    for step in data.iter().flat_map(steps) {
+        image.read_at(&mut buffer[..step.length as usize], step.offset).ok()?;
+        read += step.length;
+        if begin.elapsed() >= READ || job.is_cancelled() {
+            break;
+        }
+    }
+    (read > 0).then(|| (read as f64 / begin.elapsed().as_secs_f64().max(1e-6)) as u64)
+}
+
+/// How many writers there are, and how many bytes a second they make the overlay grow by: each cluster counts once.
+fn watch(writers: &Writers, size: ClusterSize, length: u64) -> Result<(usize, Option<u64>)> {
+    let attached = writers.attached();
+    if attached == 0 {
+        return Ok((0, None));
+    }
+    let counted = Mutex::new(Bitmap::new(size.count(length)));
+    let count = Arc::new(Count { map: writers.free_map(), size, counted });
+    writers.freeze()?.thaw(count.clone())?;
+    let begin = Instant::now();
+    thread::sleep(WATCH);
+    let clusters = count.counted.lock().unwrap_or_else(PoisonError::into_inner).count_ones();
+    let rate = clusters as f64 * size.bytes() as f64 / begin.elapsed().as_secs_f64();
+    writers.finish()?;
+    Ok((attached, Some(rate as u64)))
+}
+
+/// Lets every write go, and remembers where.
+struct Count {
+    map: Arc<dyn FreeMap>,
+    size: ClusterSize,
+    counted: Mutex<Bitmap>,
+}
+
+impl Trap for Count {
+    fn before_write(&self, range: ByteRange) -> Result<()> {
+        let clusters = self.size.covering(range);
+        self.counted.lock().unwrap_or_else(PoisonError::into_inner).set(clusters.clone());
+        self.map.free(clusters);
+        Ok(())
+    }
+
+    fn lost(&self, _why: &Error) {}
+}
+
+fn folder_of(path: &Path) -> Option<&Path> {
+    let folder = path.parent()?;
+    Some(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })
+}
+
+/// Bytes that we may still write there.
+fn free_in(folder: &Path) -> Option<u64> {
+    let found = rustix::fs::statvfs(folder).ok()?;
+    found.f_bavail.checked_mul(found.f_frsize)
+}
+
+fn overlay_free(options: &Options) -> Option<u64> {
+    match &options.overlay {
+        OverlayPlace::Folder(folder) => free_in(folder),
+        OverlayPlace::Memory => None,
+    }
+}

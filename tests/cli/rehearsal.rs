@@ -1,0 +1,97 @@
+//! `--dry-run`: everything is opened and checked, nothing is touched, and what is told is true.
+
+use crate::kit::{Bench, DISK, code, records};
+use drive_backup::writer::Writer;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+#[test]
+fn it_tells_what_a_backup_would_take_and_leaves_nothing() {
+    let bench = Bench::new();
+    File::options().write(true).open(bench.path("disk.raw")).unwrap().set_len(4 * DISK).unwrap();
+    let before = fs::metadata(bench.path("disk.raw")).unwrap();
+    let hook = ["--hook-before", "touch ran", "--hook-after", "touch ran"];
+    let output = bench.backup().args(["--dry-run", "--json", "--speed", "1M"]).args(hook).output().unwrap();
+    assert_eq!(code(output.status), 0);
+    let records = records(&output.stdout);
+    let plan = &records[0];
+    assert_eq!((&plan["message_type"], &plan["device"]["virtual_size"]), (&"plan".into(), &(4 * DISK).into()));
+    assert_eq!((&plan["bytes_data"], &plan["seconds"]), (&DISK.into(), &16.0.into()));
+    assert_eq!((&plan["target"]["format"], &plan["target"]["kind"]), (&"raw".into(), &"file".into()));
+    assert!(plan["target_free"].as_u64() > Some(0) && plan["read_speed"].as_u64() > Some(0));
+    assert_eq!((&plan["writers"], &plan["overlay_most"]), (&0.into(), &serde_json::Value::Null));
+    assert_eq!((&records.last().unwrap()["result"], records.len()), (&"planned".into(), 2));
+    assert!(bench.leftovers().is_empty(), "{:?}", bench.leftovers());
+    let after = fs::metadata(bench.path("disk.raw")).unwrap();
+    assert_eq!((before.mtime_nsec(), before.ctime_nsec()), (after.mtime_nsec(), after.ctime_nsec()));
+    let text = String::from_utf8(output.stderr).unwrap();
+    for words in ["of which 16.0 MiB is data", "time: 0:16 or more; asked for 1.00 MiB/s", "writers: none", "dry run"] {
+        assert!(text.contains(words), "{words} in {text}");
+    }
+}
+
+#[test]
+fn an_old_copy_stays_as_it_is() {
+    let bench = Bench::new();
+    fs::write(bench.path("out.raw"), "the old copy").unwrap();
+    for flags in [&["--format", "qcow2"][..], &["--format", "raw"]] {
+        assert_eq!(code(bench.backup().arg("--dry-run").args(flags).output().unwrap().status), 0);
+        assert_eq!(fs::read_to_string(bench.path("out.raw")).unwrap(), "the old copy");
+    }
+    fs::write(bench.path("same"), vec![7; DISK as usize]).unwrap();
+    let existing = ["--device", "disk.raw", "--target", "same", "--mode", "existing", "--dry-run"];
+    assert_eq!(code(bench.bare().args(existing).output().unwrap().status), 0);
+    assert!(fs::read(bench.path("same")).unwrap().iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn what_a_backup_would_refuse_it_refuses() {
+    let bench = Bench::new();
+    fs::write(bench.path("small"), "x").unwrap();
+    for (flags, status) in [
+        (&["--device", "missing", "--target", "o"][..], 4),
+        (&["--device", "disk.raw", "--target", "missing/o"], 5),
+        (&["--device", "disk.raw", "--target", "small", "--mode", "existing"], 2),
+        (&["--device", "disk.raw", "--target", "disk.raw"], 2),
+        (&["--device", "disk.raw", "--source-format", "qcow2", "--target", "o"], 4),
+        (&["--device", "disk.raw", "--target", "o", "--writer", "required"], 4),
+    ] {
+        let output = bench.bare().args(flags).args(["--dry-run", "--writer-dir", "meet"]).output().unwrap();
+        assert_eq!(code(output.status), status, "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn writers_are_counted_and_their_rate_is_measured() {
+    let bench = Bench::new();
+    let (disk, meet) = (bench.path("disk.raw"), bench.path("meet"));
+    let writer = Writer::open_in(&disk, &meet).unwrap();
+    let file = File::options().write(true).open(&disk).unwrap();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Sixteen clusters, over and over: the overlay would hold each once.
+            for number in (0..16).cycle().take_while(|_| !is_over.load(Relaxed)) {
+                let _write = writer.begin(number * 4096, 512).unwrap();
+                file.write_all_at(&[7; 512], number * 4096).unwrap();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let mut command = bench.backup();
+        command.args(["--dry-run", "--json", "--speed", "1M", "--writer-dir"]).arg(&meet);
+        let output = command.output().unwrap();
+        is_over.store(true, Relaxed);
+        assert_eq!(code(output.status), 0, "{}", String::from_utf8_lossy(&output.stderr));
+        let mut records = records(&output.stdout).into_iter();
+        let plan = records.find(|record| record["message_type"] == "plan").unwrap();
+        assert_eq!(plan["writers"], 1);
+        let rate = plan["write_rate"].as_u64().unwrap();
+        assert!((16 << 10..=64 << 10).contains(&rate), "64 KiB in a good second: {rate}");
+        let most = plan["overlay_most"].as_u64().unwrap();
+        assert!((15 * rate..=17 * rate).contains(&most), "16 s of it: {most}");
+    });
+    drop(writer);
+    assert_eq!(bench.leftovers(), ["meet"]);
+}
