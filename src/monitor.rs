@@ -56,6 +56,8 @@ pub enum TargetKind {
     Device,
     /// An export of an NBD server, written in place.
     Export,
+    /// Something that QEMU reaches, written in place.
+    Remote,
     /// A stream.
     Stdout,
 }

@@ -139,6 +139,11 @@ impl Publish {
         &self.place.target
     }
 
+    /// Where the file is until then. Others may exchange what is there.
+    pub fn partial_path(&self) -> PathBuf {
+        self.place.target.with_file_name(&self.place.partial)
+    }
+
     /// What removes the partial file from another thread.
     pub fn remover(&self) -> Remover {
         Remover { place: Arc::clone(&self.place) }

@@ -1,11 +1,13 @@
 //! Where the copy goes, and what becomes of it: a new file, an image in place, a device, a stream.
 
+#[cfg(feature = "nbd")]
+use super::foreign;
 use super::options::{Mode, Options, Target};
 use super::origin::Origin;
 use super::outcome::TargetState;
 use crate::error::{Error, Kind, Result, Side};
 use crate::image::Image;
-use crate::image::format::Format;
+use crate::image::format::{Foreign, Format};
 use crate::image::location::Location;
 use crate::image::lock::{self, ImageLock, Protection, Terms};
 #[cfg(feature = "nbd")]
@@ -13,6 +15,8 @@ use crate::image::nbd::{Nbd, Use};
 use crate::image::open::open_backing;
 use crate::image::probe::{self, probe};
 use crate::image::qcow2::{CreateOptions, ExistingQcow2, NewQcow2};
+#[cfg(feature = "nbd")]
+use crate::image::qemu::Qemu;
 use crate::image::raw::{Raw, WRITEBACK_STEP};
 use crate::image::stream::Stream;
 use crate::image::target::{InPlace, open_in_place, refuse_other_size};
@@ -35,6 +39,9 @@ pub struct Destination {
     /// The file itself, where it is one, for the kernel to clone into.
     raw: Option<Arc<Raw>>,
     warnings: Vec<Warning>,
+    /// To be ended before it is published.
+    #[cfg(feature = "nbd")]
+    qemu: Option<Arc<Qemu>>,
     _lock: Option<ImageLock>,
 }
 
@@ -50,6 +57,11 @@ impl Destination {
             Location::Path(path) => path.as_path(),
             #[cfg(feature = "nbd")]
             Location::Nbd(uri) => return Self::nbd(options, uri, origin),
+            #[cfg(feature = "nbd")]
+            Location::Qemu(remote) => {
+                let (image, format) = foreign::remote(options, remote, origin.length())?;
+                return Ok(Self::qemu(image, format, TargetKind::Remote, remote.name(), origin));
+            }
         };
         origin.refuse_as_target(path)?;
         let is_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());
@@ -69,6 +81,8 @@ impl Destination {
             publish: None,
             raw: None,
             warnings: Vec::new(),
+            #[cfg(feature = "nbd")]
+            qemu: None,
             _lock: None,
         })
     }
@@ -98,12 +112,57 @@ impl Destination {
             publish: None,
             raw: None,
             warnings,
+            #[cfg(feature = "nbd")]
+            qemu: None,
             _lock: None,
         })
     }
 
+    #[cfg(feature = "nbd")]
+    fn qemu(image: Arc<Qemu>, format: Format, kind: TargetKind, path: &Path, origin: &Origin) -> Self {
+        Self {
+            format,
+            kind,
+            path: Some(path.to_owned()),
+            publish: None,
+            raw: None,
+            warnings: foreign::rounded(&image, path, origin.length()).into_iter().collect(),
+            image: image.clone(),
+            qemu: Some(image),
+            _lock: None,
+        }
+    }
+
+    #[cfg(feature = "nbd")]
+    fn new_foreign(options: &Options, path: &Path, format: Foreign, origin: &Origin) -> Result<Self> {
+        let publish = Publish::begin(path)?;
+        let image = foreign::new_file(options, format, &publish.partial_path(), path, origin.length())?;
+        let this = Self::qemu(image, Format::Foreign(format), TargetKind::File, path, origin);
+        Ok(Self { publish: Some(publish), ..this })
+    }
+
+    #[cfg(not(feature = "nbd"))]
+    fn new_foreign(_: &Options, path: &Path, format: Foreign, _: &Origin) -> Result<Self> {
+        Err(without_nbd(path, format))
+    }
+
+    #[cfg(feature = "nbd")]
+    fn existing_foreign(options: &Options, path: &Path, format: Foreign, origin: &Origin) -> Result<Self> {
+        let image = foreign::existing_file(options, format, path, origin.length())?;
+        Ok(Self::qemu(image, Format::Foreign(format), TargetKind::Existing, path, origin))
+    }
+
+    #[cfg(not(feature = "nbd"))]
+    fn existing_foreign(_: &Options, path: &Path, format: Foreign, _: &Origin) -> Result<Self> {
+        Err(without_nbd(path, format))
+    }
+
     fn new_file(options: &Options, path: &Path, origin: &Origin) -> Result<Self> {
-        let format = options.format.or_else(|| format_of_extension(path)).unwrap_or(origin.format());
+        let format = options.format.or_else(|| format_of_extension(path)).unwrap_or_else(|| as_source(origin));
+        refuse_qcow2_options(options, path, format)?;
+        if let Format::Foreign(foreign) = format {
+            return Self::new_foreign(options, path, foreign, origin);
+        }
         let publish = Publish::begin(path)?;
         let length = if format == Format::Raw { origin.length() } else { 0 };
         let failed = |error| Error::file(Side::Target, "create", path, error);
@@ -112,6 +171,7 @@ impl Destination {
         let image = match format {
             Format::Raw => raw.clone() as Arc<dyn Image>,
             Format::Qcow2 => Arc::new(new_qcow2(raw.clone(), options, origin)?),
+            Format::Foreign(_) => unreachable!("returned above"),
         };
         Ok(Self {
             image,
@@ -121,11 +181,16 @@ impl Destination {
             publish: Some(publish),
             raw: Some(raw),
             warnings,
+            #[cfg(feature = "nbd")]
+            qemu: None,
             _lock: lock,
         })
     }
 
     fn in_place(options: &Options, path: &Path, origin: &Origin, kind: TargetKind) -> Result<Self> {
+        if let Some(foreign) = foreign_in_place(options, path)? {
+            return Self::existing_foreign(options, path, foreign, origin);
+        }
         let InPlace { image, protection } = open_in_place(path)?;
         let raw = finish_raw(image, options, path)?;
         let (lock, warnings) = split(protection);
@@ -142,11 +207,27 @@ impl Destination {
                 Arc::new(ExistingQcow2::open(path, raw.clone(), backing.map(|backing| backing.image))?)
             }
             (Format::Qcow2, Mode::AbsolutePaths) => Arc::new(new_qcow2(raw.clone(), options, origin)?),
+            (Format::Foreign(foreign), _) => {
+                let (path, name) = (path.display(), foreign.name());
+                return Err(Error::new(Kind::Target, format!("target '{path}' became {name} while it was opened")));
+            }
         };
         if (format, options.mode) != (Format::Qcow2, Mode::AbsolutePaths) {
             refuse_other_size(origin.length(), path, image.length())?;
         }
-        Ok(Self { image, format, kind, path: Some(path.to_owned()), publish: None, raw: None, warnings, _lock: lock })
+        let path = Some(path.to_owned());
+        Ok(Self {
+            image,
+            format,
+            kind,
+            path,
+            publish: None,
+            raw: None,
+            warnings,
+            #[cfg(feature = "nbd")]
+            qemu: None,
+            _lock: lock,
+        })
     }
 
     /// What is written to.
@@ -189,6 +270,8 @@ impl Destination {
 
     /// An abandoned job removes the partial file, if this made one.
     pub fn undo_with(&self, job: &Job) {
+        let image = self.image.clone();
+        job.on_abandon(move || image.abandon());
         if let Some(publish) = &self.publish {
             let remover = publish.remover();
             job.on_abandon(move || drop(remover.remove()));
@@ -198,7 +281,10 @@ impl Destination {
     /// Completes the image; with `fsync` it is on stable storage afterwards.
     pub fn flush(&self) -> Result<()> {
         let path = self.path.as_deref().unwrap_or(Path::new("-"));
-        self.image.flush().map_err(|error| Error::file(Side::Target, "flush", path, error))
+        self.image.flush().map_err(|error| Error::file(Side::Target, "flush", path, error))?;
+        #[cfg(feature = "nbd")]
+        self.qemu.as_ref().map_or(Ok(()), |qemu| qemu.end())?;
+        Ok(())
     }
 
     /// Gives the complete copy its name. Returns warnings.
@@ -230,15 +316,62 @@ fn new_qcow2(file: Arc<Raw>, options: &Options, origin: &Origin) -> Result<NewQc
 }
 
 fn format_of_extension(path: &Path) -> Option<Format> {
-    match path.extension()?.to_str()? {
-        "raw" | "img" => Some(Format::Raw),
-        "qcow2" => Some(Format::Qcow2),
-        _ => None,
+    Format::of_extension(path.extension()?.to_str()?)
+}
+
+/// As the source is, if that can be written.
+fn as_source(origin: &Origin) -> Format {
+    match origin.format() {
+        Format::Foreign(foreign) if !foreign.is_writable() => Format::Raw,
+        format => format,
+    }
+}
+
+fn refuse_qcow2_options(options: &Options, path: &Path, format: Format) -> Result<()> {
+    if matches!(format, Format::Foreign(_)) && (options.compression.is_some() || options.cluster_size.is_some()) {
+        let path = path.display();
+        let what = format!("target '{path}' is to be {format}: --compress and --cluster-size are for qcow2");
+        return Err(Error::new(Kind::Usage, what));
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "nbd"))]
+fn without_nbd(path: &Path, format: Foreign) -> Error {
+    let (path, name) = (path.display(), format.name());
+    let what = format!("target '{path}': this drive-backup was built without NBD, which {name} needs");
+    Error::new(Kind::Usage, what)
+}
+
+/// What QEMU is to write in place at `path`. A device gets raw or qcow2.
+fn foreign_in_place(options: &Options, path: &Path) -> Result<Option<Foreign>> {
+    let is_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());
+    let format = match (options.format, options.mode) {
+        (Some(format), _) => format,
+        (None, Mode::Existing) => {
+            // Without a lock, which QEMU takes for itself; it is looked at again by whoever writes it.
+            let raw = Raw::open(path, Side::Target)?;
+            let mut start = vec![0; raw.length().min(probe::LENGTH as u64) as usize];
+            raw.read_at(&mut start, 0).map_err(|error| Error::file(Side::Target, "read", path, error))?;
+            let encrypted = probe::encrypted(&start).filter(|_| options.target_secret.is_some());
+            probe(&start).foreign.or(encrypted).map_or(Format::Raw, Format::Foreign)
+        }
+        (None, Mode::AbsolutePaths) => Format::Raw,
+    };
+    match format {
+        Format::Foreign(foreign) if is_device => {
+            let (path, name) = (path.display(), foreign.name());
+            let what = format!("target '{path}' is a device: it gets raw or qcow2, not {name}");
+            Err(Error::new(Kind::Usage, what))
+        }
+        Format::Foreign(foreign) => Ok(Some(foreign)),
+        _ => Ok(None),
     }
 }
 
 fn format_of_content(raw: &Raw, path: &Path) -> Result<Format> {
     let mut start = vec![0; raw.length().min(probe::LENGTH as u64) as usize];
     raw.read_at(&mut start, 0).map_err(|error| Error::file(Side::Target, "read", path, error))?;
-    Ok(probe(&start).format)
+    let found = probe(&start);
+    Ok(found.foreign.map_or(found.format, Format::Foreign))
 }

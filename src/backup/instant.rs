@@ -343,6 +343,10 @@ impl Gathered {
             Ok(writers) if options.writer == WriterChoice::Required && writers.attached() == 0 => {
                 Err(no_writer(options))
             }
+            Ok(writers) if matches!(disk.origin.format(), Format::Foreign(_)) => {
+                // Nobody traps what QEMU reads here; a source that changes will be noticed.
+                if writers.attached() == 0 { Ok(gathered) } else { Err(no_live(options, disk.origin.format())) }
+            }
             Ok(writers) => Ok(Self { writers: Some(writers), ..gathered }),
             // Without the folder there are no writers to be found, and a source that changes will be noticed.
             Err(error) if error.kind() == Kind::Other && options.writer == WriterChoice::Auto => {
@@ -355,6 +359,14 @@ impl Gathered {
             Err(error) => Err(error),
         }
     }
+}
+
+fn no_live(options: &Options, format: Format) -> Error {
+    let what = format!(
+        "a cooperating writer has '{}' open, and of {format} there are no live backups: only of raw and qcow2",
+        options.device
+    );
+    Error::new(Kind::Source, what)
 }
 
 fn no_writer(options: &Options) -> Error {

@@ -1,6 +1,8 @@
 //! Whole backups: options in, published copies or failures out.
 
 mod destination;
+#[cfg(feature = "nbd")]
+mod foreign;
 mod guard;
 mod instant;
 mod options;
@@ -92,6 +94,7 @@ fn open(disk: Disk<'_>) -> Result<Ready<'_>> {
     origin.warnings().for_each(|warning| monitor.event(Event::Warning(&warning)));
     let destination = Destination::open(options, &origin)?;
     destination.warnings().for_each(|warning| monitor.event(Event::Warning(warning)));
+    origin.undo_with(job);
     destination.undo_with(job);
     job.set_total(origin.length());
     Ok(Ready { options, job, origin, destination })

@@ -5,6 +5,7 @@ use crate::hook::Hook;
 use crate::image::format::Format;
 use crate::image::location::Location;
 use crate::image::qcow2::CompressOptions;
+use crate::image::secret::Secret;
 use crate::ring::server::OnCbwError;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -65,12 +66,16 @@ pub struct Options {
     pub device: Location,
     /// `None`: by its content.
     pub source_format: Option<Format>,
+    /// What opens an encrypted source.
+    pub secret: Option<Secret>,
     /// Follow the source's backing chain; otherwise a chain is refused.
     pub backing: bool,
     /// Where to.
     pub target: Target,
     /// `None`: mode `Existing` probes; else by the target's extension; else the source's.
     pub format: Option<Format>,
+    /// What will open an encrypted target.
+    pub target_secret: Option<Secret>,
     /// New image or existing one.
     pub mode: Mode,
     /// Bytes, of a new qcow2; `None`: 64 KiB.

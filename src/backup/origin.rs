@@ -1,5 +1,7 @@
 //! Where the copy comes from: the source with every file that it is made of.
 
+#[cfg(feature = "nbd")]
+use super::foreign;
 use super::options::Options;
 use super::view;
 #[cfg(feature = "nbd")]
@@ -14,6 +16,7 @@ use crate::image::nbd::{Nbd, Use};
 #[cfg(feature = "nbd")]
 use crate::image::open::open_elsewhere;
 use crate::image::open::{Source, SourceFile, SourceOptions, open_source};
+use crate::job::Job;
 use crate::monitor::Warning;
 #[cfg(feature = "nbd")]
 use crate::nbd::uri::Uri;
@@ -32,12 +35,20 @@ impl Origin {
     }
 
     fn source(options: &Options) -> Result<Source> {
+        let how = SourceOptions {
+            format: options.source_format,
+            backing: options.backing,
+            direct: options.direct,
+            secret: options.secret.clone(),
+            shared: options.allow_inconsistent,
+        };
         let path = match &options.device {
             Location::Path(path) => path,
             #[cfg(feature = "nbd")]
             Location::Nbd(uri) => return Self::of_nbd(options, uri),
+            #[cfg(feature = "nbd")]
+            Location::Qemu(remote) => return foreign::source(remote, &how),
         };
-        let how = SourceOptions { format: options.source_format, backing: options.backing, direct: options.direct };
         match view::image_behind(options, path)? {
             Some(shown) => view::open(path, &shown, how),
             None => open_source(path, &how),
@@ -91,6 +102,12 @@ impl Origin {
     pub fn refuse_as_target(&self, target: &Path) -> Result<()> {
         let files: Vec<&Path> = self.files().iter().map(|file| file.path.as_path()).collect();
         identity::refuse_same(target, &files)
+    }
+
+    /// An abandoned job waits for no read of it.
+    pub fn undo_with(&self, job: &Job) {
+        let image = self.image();
+        job.on_abandon(move || image.abandon());
     }
 
     /// Whether anybody can tell if it changes: nobody sees who writes behind a server.

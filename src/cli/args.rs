@@ -4,6 +4,7 @@ use super::serve::args::ServeArgs;
 use crate::ground::size::{NotASize, parse_rate, parse_size};
 use crate::ground::speed::Schedule;
 use crate::image::qcow2::header::Compression;
+use crate::image::secret::SecretPlace;
 use clap::builder::ArgPredicate;
 use clap::{ArgAction, Parser, Subcommand, ValueEnum, ValueHint};
 use std::path::PathBuf;
@@ -47,6 +48,13 @@ pub struct Args {
     #[arg(long, value_name = "FORMAT", help_heading = COPY)]
     pub source_format: Option<ImageFormat>,
 
+    /// Where the secret is that opens an encrypted source: file:PATH, fd:N or env:NAME
+    ///
+    /// One newline at its end is not part of it. With it, a source that is LUKS or encrypted qcow2 is read decrypted;
+    /// without it, a disk that begins with LUKS is copied as it is.
+    #[arg(long, value_name = "PLACE", help_heading = COPY)]
+    pub secret: Option<SecretPlace>,
+
     /// Refuse a source that has a backing file
     #[arg(long, help_heading = COPY)]
     pub no_backing: bool,
@@ -72,10 +80,14 @@ pub struct Args {
 
     /// The target's format
     ///
-    /// By default what --mode existing finds; else what the target's extension says (.raw, .img, .qcow2); else the
-    /// source's.
+    /// By default what --mode existing finds; else what the target's extension says (.raw, .img, .qcow2, .vmdk, .vdi,
+    /// .vhdx, .vhd, .qed, .hdd, .luks); else the source's.
     #[arg(long, value_name = "FORMAT", help_heading = TARGET)]
     pub format: Option<ImageFormat>,
+
+    /// Where the secret is that shall open an encrypted target (luks, qcow2-luks); by default that of --secret
+    #[arg(long, value_name = "PLACE", help_heading = TARGET)]
+    pub target_secret: Option<SecretPlace>,
 
     /// A new image, or one that is there
     #[arg(long, value_name = "MODE", default_value = "absolute-paths", help_heading = TARGET)]
@@ -256,6 +268,29 @@ pub enum ImageFormat {
     Raw,
     /// QEMU's image format, versions 2 and 3; written as 3
     Qcow2,
+    /// VMware's; this and all below by qemu-nbd
+    Vmdk,
+    /// VirtualBox's
+    Vdi,
+    /// Hyper-V's
+    Vhdx,
+    /// Virtual PC's, VHD
+    #[value(alias = "vhd")]
+    Vpc,
+    /// QEMU's former enhanced disk
+    Qed,
+    /// Parallels'
+    Parallels,
+    /// An encrypted raw disk; needs --secret
+    Luks,
+    /// An encrypted qcow2; needs --secret
+    Qcow2Luks,
+    /// Apple's; only as a source
+    Dmg,
+    /// A compressed loop device; only as a source
+    Cloop,
+    /// Bochs'; only as a source
+    Bochs,
 }
 
 /// QEMU's words for it.

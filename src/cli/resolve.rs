@@ -12,9 +12,10 @@ use crate::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoice, Tar
 use crate::error::{Error, Kind, Result};
 use crate::ground::policy::OnError;
 use crate::hook::{Hook, When};
-use crate::image::format::Format;
+use crate::image::format::{Foreign, Format};
 use crate::image::location::Location;
 use crate::image::qcow2::CompressOptions;
+use crate::image::secret::{Secret, SecretPlace};
 use jiff::Zoned;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -85,7 +86,8 @@ pub fn plan(args: Args) -> Result<Plan> {
         dry_run: args.dry_run,
     };
     let ends = args.device.iter().zip(&args.target);
-    let disks = ends.map(|(device, target)| options(&args, device, target)).collect::<Result<_>>()?;
+    let secrets = Secrets::read(&args)?;
+    let disks = ends.map(|(device, target)| options(&args, &secrets, device, target)).collect::<Result<_>>()?;
     let steering = Steering { course: course(&args)?, timeout: args.timeout };
     let files = Files { status: args.status_file, metrics: args.metrics_file, ..Files::default() };
     let (before, after, failed) = (args.hook_before, args.hook_after, args.hook_failed);
@@ -111,12 +113,29 @@ pub fn is_dash(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
-fn options(args: &Args, device: &Path, target: &Path) -> Result<Options> {
+/// Of all disks.
+struct Secrets {
+    source: Option<Secret>,
+    target: Option<Secret>,
+}
+
+impl Secrets {
+    fn read(args: &Args) -> Result<Self> {
+        let read = |place: &Option<SecretPlace>| place.as_ref().map(SecretPlace::read).transpose();
+        let source = read(&args.secret)?;
+        let target = read(&args.target_secret)?.or_else(|| source.clone());
+        Ok(Self { source, target })
+    }
+}
+
+fn options(args: &Args, secrets: &Secrets, device: &Path, target: &Path) -> Result<Options> {
     let to_stdout = is_dash(target);
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     Ok(Options {
         device: Location::parse(device)?,
         source_format: args.source_format.map(Format::from),
+        secret: secrets.source.clone(),
+        target_secret: secrets.target.clone(),
         backing: !args.no_backing,
         format: if to_stdout { Some(Format::Raw) } else { args.format.map(Format::from) },
         target: if to_stdout { Target::Stdout } else { Target::At(Location::parse(target)?) },
@@ -194,7 +213,7 @@ fn check(args: &Args) -> Result<()> {
 
 fn check_stream(args: &Args) -> Result<()> {
     let wrong = [
-        (args.format == Some(ImageFormat::Qcow2), "--format qcow2"),
+        (args.format.is_some_and(|format| format != ImageFormat::Raw), "--format (but raw)"),
         (args.compress.is_some(), "--compress"),
         (args.cluster_size.is_some(), "--cluster-size"),
         (args.mode == NewImageMode::Existing, "--mode existing"),
@@ -237,6 +256,17 @@ impl From<ImageFormat> for Format {
         match format {
             ImageFormat::Raw => Self::Raw,
             ImageFormat::Qcow2 => Self::Qcow2,
+            ImageFormat::Vmdk => Self::Foreign(Foreign::Vmdk),
+            ImageFormat::Vdi => Self::Foreign(Foreign::Vdi),
+            ImageFormat::Vhdx => Self::Foreign(Foreign::Vhdx),
+            ImageFormat::Vpc => Self::Foreign(Foreign::Vpc),
+            ImageFormat::Qed => Self::Foreign(Foreign::Qed),
+            ImageFormat::Parallels => Self::Foreign(Foreign::Parallels),
+            ImageFormat::Luks => Self::Foreign(Foreign::Luks),
+            ImageFormat::Qcow2Luks => Self::Foreign(Foreign::EncryptedQcow2),
+            ImageFormat::Dmg => Self::Foreign(Foreign::Dmg),
+            ImageFormat::Cloop => Self::Foreign(Foreign::Cloop),
+            ImageFormat::Bochs => Self::Foreign(Foreign::Bochs),
         }
     }
 }

@@ -151,6 +151,8 @@ fn target_record(path: Option<&Path>, format: &'static str, kind: TargetKind) ->
             TargetKind::File => "file",
             TargetKind::Existing => "existing",
             TargetKind::Device => "device",
+            TargetKind::Remote => "remote",
+            TargetKind::Remote => "remote",
             TargetKind::Export => "nbd",
             TargetKind::Stdout => "stdout",
         },

@@ -11,17 +11,115 @@ pub enum Format {
     Raw,
     /// QEMU's qcow2, versions 2 and 3.
     Qcow2,
+    /// What QEMU reads and writes for us.
+    Foreign(Foreign),
+}
+
+/// A format that is known here by its name alone: a private qemu-nbd opens it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Foreign {
+    /// VMware's.
+    Vmdk,
+    /// VirtualBox's.
+    Vdi,
+    /// Hyper-V's.
+    Vhdx,
+    /// Virtual PC's, VHD.
+    Vpc,
+    /// QEMU's former enhanced disk.
+    Qed,
+    /// Parallels'.
+    Parallels,
+    /// LUKS, version 1.
+    Luks,
+    /// qcow2, encrypted in LUKS' way.
+    EncryptedQcow2,
+    /// Apple's, for reading.
+    Dmg,
+    /// Compressed loop devices, for reading.
+    Cloop,
+    /// Bochs' growing images, for reading.
+    Bochs,
+}
+
+impl Foreign {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::Vmdk,
+        Self::Vdi,
+        Self::Vhdx,
+        Self::Vpc,
+        Self::Qed,
+        Self::Parallels,
+        Self::Luks,
+        Self::EncryptedQcow2,
+        Self::Dmg,
+        Self::Cloop,
+        Self::Bochs,
+    ];
+
+    /// Its name, as in QEMU, but for `qcow2-luks`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::EncryptedQcow2 => "qcow2-luks",
+            _ => self.driver(),
+        }
+    }
+
+    /// QEMU's block driver.
+    pub const fn driver(self) -> &'static str {
+        match self {
+            Self::Vmdk => "vmdk",
+            Self::Vdi => "vdi",
+            Self::Vhdx => "vhdx",
+            Self::Vpc => "vpc",
+            Self::Qed => "qed",
+            Self::Parallels => "parallels",
+            Self::Luks => "luks",
+            Self::EncryptedQcow2 => "qcow2",
+            Self::Dmg => "dmg",
+            Self::Cloop => "cloop",
+            Self::Bochs => "bochs",
+        }
+    }
+
+    /// It takes a secret.
+    pub const fn is_encrypted(self) -> bool {
+        matches!(self, Self::Luks | Self::EncryptedQcow2)
+    }
+
+    /// QEMU makes and writes it.
+    pub const fn is_writable(self) -> bool {
+        !matches!(self, Self::Dmg | Self::Cloop | Self::Bochs)
+    }
 }
 
 impl Format {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::Raw, Self::Qcow2];
+    /// Those that are read and written here, backing files too.
+    pub const OWN: [Self; 2] = [Self::Raw, Self::Qcow2];
+
+    /// What a file name's extension says.
+    pub fn of_extension(extension: &str) -> Option<Self> {
+        Some(match extension {
+            "raw" | "img" => Self::Raw,
+            "qcow2" => Self::Qcow2,
+            "vmdk" => Self::Foreign(Foreign::Vmdk),
+            "vdi" => Self::Foreign(Foreign::Vdi),
+            "vhdx" => Self::Foreign(Foreign::Vhdx),
+            "vhd" | "vpc" => Self::Foreign(Foreign::Vpc),
+            "qed" => Self::Foreign(Foreign::Qed),
+            "hdd" => Self::Foreign(Foreign::Parallels),
+            "luks" => Self::Foreign(Foreign::Luks),
+            _ => return None,
+        })
+    }
 
     /// Its name, as in the formats of QEMU.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Foreign(foreign) => foreign.name(),
         }
     }
 }
@@ -32,13 +130,13 @@ impl fmt::Display for Format {
     }
 }
 
-/// By the exact name; the error lists the known ones.
+/// One of [`Format::OWN`] by the exact name; the error lists them.
 impl FromStr for Format {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        Self::ALL.into_iter().find(|format| format.name() == name).ok_or_else(|| {
-            let known = Self::ALL.map(Self::name).join(", ");
+        Self::OWN.into_iter().find(|format| format.name() == name).ok_or_else(|| {
+            let known = Self::OWN.map(Self::name).join(", ");
             Error::new(Kind::Usage, format!("unknown format '{name}' (known: {known})"))
         })
     }
@@ -50,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_format_is_known_by_its_name_alone() {
-        for format in Format::ALL {
+        for format in Format::OWN {
             assert_eq!(format.to_string().parse::<Format>().expect("known"), format);
         }
         let error = "vmdk".parse::<Format>().expect_err("unknown");

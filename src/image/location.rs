@@ -2,6 +2,8 @@
 
 use crate::error::{Error, Kind, Result};
 #[cfg(feature = "nbd")]
+use crate::image::qemu::Remote;
+#[cfg(feature = "nbd")]
 use crate::nbd::uri::Uri;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,6 +16,9 @@ pub enum Location {
     /// An export of an NBD server.
     #[cfg(feature = "nbd")]
     Nbd(Uri),
+    /// Something that QEMU reaches.
+    #[cfg(feature = "nbd")]
+    Qemu(Remote),
 }
 
 impl Location {
@@ -21,8 +26,18 @@ impl Location {
     pub fn parse(word: &Path) -> Result<Self> {
         match word.to_str().filter(|word| is_nbd(word)) {
             Some(word) => Self::of_nbd(word),
-            None => Ok(Self::Path(word.to_owned())),
+            None => Ok(Self::of_qemu(word).unwrap_or_else(|| Self::Path(word.to_owned()))),
         }
+    }
+
+    #[cfg(feature = "nbd")]
+    fn of_qemu(word: &Path) -> Option<Self> {
+        word.to_str().and_then(Remote::parse).map(Self::Qemu)
+    }
+
+    #[cfg(not(feature = "nbd"))]
+    fn of_qemu(_: &Path) -> Option<Self> {
+        None
     }
 
     #[cfg(feature = "nbd")]
@@ -40,7 +55,7 @@ impl Location {
         match self {
             Self::Path(path) => Some(path),
             #[cfg(feature = "nbd")]
-            Self::Nbd(_) => None,
+            Self::Nbd(_) | Self::Qemu(_) => None,
         }
     }
 
@@ -50,6 +65,8 @@ impl Location {
             Self::Path(path) => path,
             #[cfg(feature = "nbd")]
             Self::Nbd(uri) => Path::new(uri.text()),
+            #[cfg(feature = "nbd")]
+            Self::Qemu(remote) => remote.name(),
         }
     }
 
@@ -59,6 +76,8 @@ impl Location {
         let is_same = match (self, target) {
             #[cfg(feature = "nbd")]
             (Self::Nbd(one), Self::Nbd(other)) => one.address == other.address && one.export == other.export,
+            #[cfg(feature = "nbd")]
+            (Self::Qemu(one), Self::Qemu(other)) => one == other,
             _ => false,
         };
         if is_same {

@@ -17,7 +17,10 @@ pub mod null;
 pub mod open;
 pub mod probe;
 pub mod qcow2;
+#[cfg(feature = "nbd")]
+pub mod qemu;
 pub mod raw;
+pub mod secret;
 pub mod stability;
 pub mod stream;
 mod sys;
@@ -54,6 +57,10 @@ pub trait Image: Send + Sync {
 
     /// Everything written before is on stable storage afterwards. A failure is final: never flush again and call it good.
     fn flush(&self) -> io::Result<()>;
+
+    /// Makes requests under way fail, from another thread, where that is possible: the image is of no use any more. Does
+    /// not block for long.
+    fn abandon(&self) {}
 
     /// What a copy may make use of.
     fn properties(&self) -> Properties;

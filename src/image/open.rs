@@ -2,11 +2,16 @@
 
 use super::Image;
 use super::chain::Chain;
-use super::format::Format;
+use super::format::{Foreign, Format};
+#[cfg(feature = "nbd")]
+use super::lock;
 use super::probe::{self, probe};
 use super::qcow2::header::{Header, incompatible};
 use super::qcow2::{Cache, Qcow2};
+#[cfg(feature = "nbd")]
+use super::qemu::{self, Qemu};
 use super::raw::Raw;
+use super::secret::Secret;
 use crate::error::{Error, Kind, Result, Side};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -28,6 +33,10 @@ pub struct SourceOptions {
     pub backing: bool,
     /// Read past the page cache.
     pub direct: bool,
+    /// What opens an encrypted image.
+    pub secret: Option<Secret>,
+    /// Another QEMU may write it meanwhile.
+    pub shared: bool,
 }
 
 /// What a file is to the source.
@@ -85,6 +94,7 @@ pub fn open_covered(path: &Path, through: &Path, options: &SourceOptions) -> Res
     let image = match format {
         Format::Raw => first,
         Format::Qcow2 => Arc::new(Chain::new(opening.chain(path, first)?)),
+        Format::Foreign(format) => opening.foreign(path, format)?,
     };
     let Opening { files, warnings, .. } = opening;
     Ok(Source { virtual_size: image.length(), image, format, files, warnings })
@@ -93,7 +103,7 @@ pub fn open_covered(path: &Path, through: &Path, options: &SourceOptions) -> Res
 /// A source whose bytes are `image`, which is no file of this machine; `name` is for messages. Not probed. A qcow2 with
 /// a backing or data file is refused: the names in it are another machine's.
 pub fn open_elsewhere(image: Arc<dyn Image>, name: &Path, format: Format) -> Result<Source> {
-    let options = &SourceOptions { format: Some(format), backing: false, direct: false };
+    let options = &SourceOptions { format: Some(format), backing: false, direct: false, secret: None, shared: false };
     let mut opening = Opening { options, files: Vec::new(), warnings: Vec::new(), cache: Cache::default(), l1_size: 0 };
     let image = match format {
         Format::Raw => image,
@@ -106,8 +116,21 @@ pub fn open_elsewhere(image: Arc<dyn Image>, name: &Path, format: Format) -> Res
             let (layer, _) = opening.layer(name, image, 0)?;
             Arc::new(Chain::new(vec![layer]))
         }
+        Format::Foreign(_) => {
+            let what = format!("source '{}': only raw and qcow2 are read over NBD", name.display());
+            return Err(Error::new(Kind::Usage, what));
+        }
     };
     Ok(Source { virtual_size: image.length(), image, format, files: Vec::new(), warnings: opening.warnings })
+}
+
+impl SourceOptions {
+    /// The format of an image that begins with `start`, for whoever has these options.
+    pub fn look(&self, start: &[u8]) -> Format {
+        let found = probe(start);
+        let encrypted = probe::encrypted(start).filter(|_| self.secret.is_some());
+        found.foreign.or(encrypted).map_or(found.format, Format::Foreign)
+    }
 }
 
 /// What is behind a qcow2 image that is written in place.
@@ -123,7 +146,8 @@ pub struct Backing {
 /// The disk behind the qcow2 image at `path`, without what the image itself holds; `None` without a backing file. The
 /// image's own file is not kept open here. Blocks; errors as of [`open_source`].
 pub fn open_backing(path: &Path) -> Result<Option<Backing>> {
-    let options = &SourceOptions { format: Some(Format::Qcow2), backing: true, direct: false };
+    let options =
+        &SourceOptions { format: Some(Format::Qcow2), backing: true, direct: false, secret: None, shared: false };
     let mut opening = Opening { options, files: Vec::new(), warnings: Vec::new(), cache: Cache::default(), l1_size: 0 };
     let first = opening.file(path, Role::Image)?;
     let mut layers = opening.chain(path, first)?;
@@ -179,12 +203,28 @@ impl Opening<'_> {
         }
         let mut start = vec![0; file.length().min(probe::LENGTH as u64) as usize];
         file.read_at(&mut start, 0).map_err(|e| Error::file(Side::Source, "read", path, e))?;
-        let found = probe(&start);
-        if let Some(name) = found.foreign {
-            let path = path.display();
-            self.warnings.push(format!("'{path}' looks like {name}, which is not supported: copied as it is, as raw"));
+        Ok(self.options.look(&start))
+    }
+
+    /// Through a child that has the file open for itself.
+    #[cfg(feature = "nbd")]
+    fn foreign(&self, path: &Path, format: Foreign) -> Result<Arc<dyn Image>> {
+        let SourceOptions { backing, direct, ref secret, shared, .. } = *self.options;
+        let secret = secret.as_ref().filter(|_| format.is_encrypted());
+        qemu::check_secret(format, secret, path)?;
+        if !shared {
+            lock::refuse_writer(self.files[0].raw.as_file(), path, Side::Source)?;
         }
-        Ok(found.format)
+        let terms = qemu::Terms { side: Side::Source, secret, direct, flushes: false, shared, backing };
+        Ok(Arc::new(Qemu::open(&qemu::Node::File { path, name: path, format }, terms)?))
+    }
+
+    #[cfg(not(feature = "nbd"))]
+    fn foreign(&self, path: &Path, format: Foreign) -> Result<Arc<dyn Image>> {
+        let (path, name) = (path.display(), format.name());
+        Err(refusal(format!(
+            "source '{path}' is {name}, and this drive-backup was built without NBD, which that needs"
+        )))
     }
 
     /// The layers of the qcow2 image `file` at `path`, the top one first.

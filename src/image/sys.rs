@@ -80,3 +80,18 @@ fn decode_device(encoded: u64) -> u64 {
     let minor = (encoded & 0xff) | ((encoded >> 12) & 0xfff00);
     libc::makedev(major as u32, minor as u32)
 }
+
+/// The child that `command` starts gets SIGKILL when the thread that starts it ends, however the process ends.
+#[cfg(feature = "nbd")]
+pub fn die_with_us(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    let parent = rustix::process::getpid();
+    let in_child = move || {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        // The parent may have died before.
+        if rustix::process::getppid() == Some(parent) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+    };
+    // SAFETY: between fork and exec the closure makes two system calls, and neither allocates nor locks: an `io::Error` of an
+    // errno or of a kind is a plain value.
+    unsafe { command.pre_exec(in_child) };
+}

@@ -9,7 +9,7 @@
 
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::{ByteRange, Extent};
-use crate::image::format::Format;
+use crate::image::format::{Foreign, Format};
 use crate::image::identity;
 use crate::image::lock::{self, ImageLock, Protection, Terms};
 use crate::image::medium::Medium;
@@ -107,6 +107,7 @@ impl Disk {
         let image: Arc<dyn Image> = match format {
             Format::Raw => raw.clone(),
             Format::Qcow2 => open_qcow2(&raw, path, &mut locks)?,
+            Format::Foreign(foreign) => return Err(not_served(path, foreign)),
         };
         let writer_dir = options.writer_dir.clone().unwrap_or_else(folder::default_path);
         let writer = Writer::open_in(path, writer_dir)?;
@@ -127,7 +128,7 @@ impl Disk {
             let what = format!("disk '{}' is mounted at '{}'", path.display(), at.display());
             return Err(Error::new(Kind::Busy, what));
         }
-        let how = SourceOptions { format: options.format, backing: true, direct: false };
+        let how = SourceOptions { format: options.format, backing: true, direct: false, secret: None, shared: false };
         let source = open_source(path, &how)?;
         let mut locks = Locks { warnings: source.warnings, locks: Vec::new() };
         locks.read(&source.files)?;
@@ -396,12 +397,17 @@ impl Locks {
         let mut start = vec![0; raw.length().min(probe::LENGTH as u64) as usize];
         raw.read_at(&mut start, 0).map_err(|e| Error::file(Side::Disk, "read", path, e))?;
         let found = probe(&start);
-        if let Some(name) = found.foreign {
-            self.warnings
-                .push(format!("'{path_name}' looks like {name}, which is not supported: served as it is, as raw"));
+        if let Some(foreign) = found.foreign {
+            return Err(not_served(path, foreign));
         }
         Ok((found.format, (found.format == Format::Raw).then(|| Mutex::new(found))))
     }
+}
+
+fn not_served(path: &Path, foreign: Foreign) -> Error {
+    let (path, name) = (path.display(), foreign.name());
+    let what = format!("disk '{path}' is {name}, which can't be served to be written; its bytes as they are are raw");
+    Error::new(Kind::Source, what)
 }
 
 /// The image in `raw`, to be written in place, with its backing chain, which nobody may write.

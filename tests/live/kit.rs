@@ -94,6 +94,8 @@ pub fn options(device: &Path, target: &Path, folder: &Path) -> Options {
     Options {
         device: device.into(),
         source_format: Some(Format::Raw),
+        secret: None,
+        target_secret: None,
         backing: true,
         target: Target::At(target.into()),
         format: Some(Format::Raw),
@@ -122,7 +124,7 @@ pub fn options(device: &Path, target: &Path, folder: &Path) -> Options {
 
 /// The disk of `length` bytes in an image, read through this library. A qcow2 is one of whole sectors, the rest zero.
 pub fn disk_of(image: &Path, format: Format, length: u64) -> Vec<u8> {
-    let options = SourceOptions { format: Some(format), backing: true, direct: false };
+    let options = SourceOptions { format: Some(format), backing: true, direct: false, secret: None, shared: false };
     let source = open_source(image, &options).unwrap();
     let mut bytes = vec![0; source.virtual_size as usize];
     if !bytes.is_empty() {

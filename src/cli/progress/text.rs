@@ -67,6 +67,7 @@ pub fn started(started: &Started) -> String {
         TargetKind::File => "new file",
         TargetKind::Existing => "existing image, in place",
         TargetKind::Device => "device, in place",
+        TargetKind::Remote => "reached through QEMU, in place",
         TargetKind::Export => "NBD export, in place",
         TargetKind::Stdout => "stream",
     };

@@ -15,7 +15,7 @@ use crate::ground::range::{ByteRange, Extent};
 use crate::nbd::protocol::{command, transmission};
 use crate::nbd::stream::Stream;
 use crate::nbd::tls::ClientTls;
-use crate::nbd::uri::Uri;
+use crate::nbd::uri::{Address, Uri};
 use connection::{Ask, Connection, Fault};
 use extents::Extents;
 use nix::libc;
@@ -31,6 +31,10 @@ use unflushed::Change;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// With a silent server.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// For a server of our own to open its image, which may be behind a network.
+const PRIVATE_TIMEOUT: Duration = Duration::from_secs(60);
+/// With storage behind it that stands still. Whoever can't wait ends the server.
+const PRIVATE_PATIENCE: Duration = Duration::from_secs(600);
 /// Bytes that one question about extents is about: the largest that every server takes.
 const STATUS_RANGE: u64 = 1 << 30;
 /// Questions at most to find out that a target is empty.
@@ -80,6 +84,15 @@ impl Nbd {
             }
             failed(error)
         })
+    }
+
+    /// Connects to the Unix socket of a server that is ours alone: it is given time to open what it serves and to answer, and
+    /// it does not come back when it is gone.
+    pub fn open_private(socket: &Path, usage: Use) -> io::Result<Self> {
+        let address = Address::Unix(socket.to_owned());
+        let dial: Dial = Box::new(move |timeout| Stream::connect(&address, timeout));
+        let terms = Terms { connect: PRIVATE_TIMEOUT, patience: PRIVATE_PATIENCE, reconnect: usage.reconnect };
+        Self::over(dial, "", terms, usage)
     }
 
     /// An export over connections that `dial` makes, in the clear. Blocks as the terms say.
@@ -158,8 +171,13 @@ impl Nbd {
         ByteRange::between(range.offset / block * block, range.end().next_multiple_of(block))
     }
 
-    fn keeps(&self) -> bool {
+    fn flushes(&self) -> bool {
         self.usage.flushes && self.can_flush()
+    }
+
+    /// Changes are kept for a server that may come back.
+    fn keeps(&self) -> bool {
+        self.flushes() && !self.usage.reconnect.is_zero()
     }
 
     fn write_blocks(&self, buf: &[u8], offset: u64) -> io::Result<()> {
@@ -284,7 +302,7 @@ impl Image for Nbd {
     }
 
     fn flush(&self) -> io::Result<()> {
-        if self.usage.side != Side::Target || !self.keeps() {
+        if self.usage.side != Side::Target || !self.flushes() {
             return Ok(());
         }
         let _one = self.flushing.lock().expect("nothing panics under this lock");

@@ -1,0 +1,111 @@
+//! Ends of a copy that QEMU opens for us.
+
+use super::options::{Mode, Options};
+use crate::error::{Error, Kind, Result, Side};
+use crate::image::Image;
+use crate::image::format::{Foreign, Format};
+use crate::image::open::{Source, SourceOptions, open_elsewhere};
+use crate::image::probe;
+use crate::image::qemu::{self, Node, Qemu, Remote, Terms};
+use crate::image::target::{open_in_place, refuse_other_size};
+use crate::monitor::Warning;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A source behind one of QEMU's protocols.
+pub fn source(remote: &Remote, how: &SourceOptions) -> Result<Source> {
+    let open = |format: Option<Foreign>| {
+        let secret = how.secret.as_ref().filter(|_| format.is_some_and(Foreign::is_encrypted));
+        if let Some(format) = format {
+            qemu::check_secret(format, secret, remote.name())?;
+        }
+        let (direct, shared, backing) = (how.direct, how.shared, how.backing || format.is_none());
+        let terms = Terms { side: Side::Source, secret, direct, flushes: false, shared, backing };
+        Qemu::open(&Node::Remote { place: remote, format }, terms)
+    };
+    let format = match how.format {
+        Some(format) => format,
+        None if remote.is_file() => how.look(&start(&open(None)?, remote)?),
+        None => Format::Raw,
+    };
+    let Format::Foreign(foreign) = format else {
+        return open_elsewhere(Arc::new(open(None)?), remote.name(), format);
+    };
+    let image = open(Some(foreign))?;
+    Ok(Source { virtual_size: image.length(), image: Arc::new(image), format, files: Vec::new(), warnings: Vec::new() })
+}
+
+fn start(image: &Qemu, remote: &Remote) -> Result<Vec<u8>> {
+    let mut start = vec![0; image.length().min(probe::LENGTH as u64) as usize];
+    image.read_at(&mut start, 0).map_err(|e| Error::file(Side::Source, "read", remote.name(), e))?;
+    Ok(start)
+}
+
+/// A new image of a disk of `length` bytes in the file `partial`, which will be `name`.
+pub fn new_file(options: &Options, format: Foreign, partial: &Path, name: &Path, length: u64) -> Result<Arc<Qemu>> {
+    let terms = target_terms(options, Some(format), name)?;
+    qemu::create_file(partial, name, format, length, terms.secret)?;
+    Qemu::open(&Node::File { path: partial, name, format }, terms).map(Arc::new)
+}
+
+/// An image that is there, of a disk of `length` bytes.
+pub fn existing_file(options: &Options, format: Foreign, path: &Path, length: u64) -> Result<Arc<Qemu>> {
+    let terms = target_terms(options, Some(format), path)?;
+    // QEMU takes locks of its own.
+    drop(open_in_place(path)?);
+    let image = Qemu::open(&Node::File { path, name: path, format }, terms)?;
+    refuse_other_size(length, path, image.length())?;
+    Ok(Arc::new(image))
+}
+
+/// An image or a volume elsewhere: with mode `existing` the one that is there, else a new one. It is written in place.
+pub fn remote(options: &Options, remote: &Remote, length: u64) -> Result<(Arc<Qemu>, Format)> {
+    let name = remote.name();
+    let refuse = |what: &str| Err(Error::new(Kind::Usage, format!("target '{}' {what}", name.display())));
+    if remote.is_read_only() {
+        return refuse("can only be read");
+    }
+    if options.compression.is_some() || options.cluster_size.is_some() {
+        return refuse("is written by QEMU: --compress and --cluster-size are for qcow2 files here");
+    }
+    let format = options.format.unwrap_or(Format::Raw);
+    let foreign = match format {
+        Format::Raw => None,
+        Format::Qcow2 => return refuse("gets raw or a format of QEMU's: qcow2 is written to files and devices here"),
+        Format::Foreign(foreign) => Some(foreign),
+    };
+    let terms = target_terms(options, foreign, name)?;
+    let node = Node::Remote { place: remote, format: foreign };
+    if options.mode == Mode::AbsolutePaths {
+        // QEMU would truncate what is there.
+        if Qemu::open(&Node::Remote { place: remote, format: None }, Terms { secret: None, ..terms }).is_ok() {
+            return refuse("exists; to write into it, say --mode existing");
+        }
+        qemu::create(&node, length, terms.secret)?;
+    }
+    let image = Qemu::open(&node, terms)?;
+    if options.mode == Mode::Existing || image.length() < length {
+        refuse_other_size(length, name, image.length())?;
+    }
+    Ok((Arc::new(image), format))
+}
+
+/// What the user should know of an image whose format has sizes of its own.
+pub fn rounded(image: &Qemu, name: &Path, length: u64) -> Option<Warning> {
+    let more = image.length().checked_sub(length).filter(|more| *more > 0)?;
+    let what = format!("'{}' is {more} bytes larger than the source, for its format; they are zero", name.display());
+    Some(Warning::general("rounded", what))
+}
+
+fn target_terms<'a>(options: &'a Options, format: Option<Foreign>, name: &Path) -> Result<Terms<'a>> {
+    let secret = options.target_secret.as_ref().filter(|_| format.is_some_and(Foreign::is_encrypted));
+    if let Some(format) = format {
+        qemu::check_secret(format, secret, name)?;
+        if !format.is_writable() {
+            let what = format!("target '{}': {} can only be read", name.display(), format.name());
+            return Err(Error::new(Kind::Usage, what));
+        }
+    }
+    let (direct, flushes) = (options.direct, options.fsync);
+    Ok(Terms { side: Side::Target, secret, direct, flushes, shared: false, backing: true })
+}

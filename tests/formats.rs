@@ -1,0 +1,322 @@
+//! Formats and places that only QEMU knows, through its private qemu-nbd. QEMU's other tools are the independent readers.
+
+mod support;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+use support::*;
+
+const SIZE: u64 = 24 << 20;
+
+/// A folder with a raw disk `disk.raw` of data, zeroes and holes, and a folder `tmp` for temporary files.
+struct Bench {
+    folder: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self::of(SIZE)
+    }
+
+    fn of(size: u64) -> Self {
+        let bench = Self { folder: folder() };
+        fs::create_dir(bench.at("tmp")).unwrap();
+        sparse_file(&bench.at("disk.raw"), size);
+        let last = format!("write -P 3 {} 512", size / 512 * 512 - 512);
+        let commands = ["write -P 1 0 70000", "write -P 2 5M 3M", "write -z 12M 1M", &last];
+        qemu_io(&["-f", "raw"], &bench.at("disk.raw"), &commands);
+        bench
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, device: &str, target: &str, more: &[&str]) -> Command {
+        let mut command = command(&[&["--device", device, "--target", target], more].concat());
+        command.env("TMPDIR", self.at("tmp")).current_dir(self.folder.path());
+        command
+    }
+
+    fn copy(&self, device: &str, target: &str, more: &[&str]) -> Ended {
+        let ended = Ended::of(self.command(device, target, more).output().unwrap());
+        assert_eq!(names(&self.at("tmp")), [""; 0], "{ended:?}");
+        assert!(!names(self.folder.path()).iter().any(|name| name.contains("partial")), "{ended:?}");
+        ended
+    }
+
+    fn is_disk(&self, raw: &str) {
+        assert!(fs::read(self.at(raw)).unwrap() == fs::read(self.at("disk.raw")).unwrap(), "{raw} differs");
+    }
+
+    /// A copy that takes long, and the qemu-nbd that it uses.
+    fn slow(&self, device: &str, target: &str) -> (Running, Pid) {
+        let mut command = self.command(device, target, &["--speed", "256K", "--workers", "2"]);
+        let running = Running::start(&mut command);
+        let child = wait_for("qemu-nbd", || child_of(running.id()));
+        // It has begun to copy when there is something in the target.
+        let partial = self.at(&format!(".{target}.drive-backup-partial"));
+        wait_for("data", || fs::metadata(&partial).ok().filter(|found| blocks(found) > 256));
+        (running, child)
+    }
+}
+
+fn blocks(metadata: &fs::Metadata) -> u64 {
+    std::os::unix::fs::MetadataExt::blocks(metadata)
+}
+
+/// The qemu-nbd that a process started.
+fn child_of(parent: u32) -> Option<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{parent}/task")).ok()?;
+    let children = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("children")).ok());
+    let children: Vec<i32> =
+        children.flat_map(|line| line.split(' ').filter_map(|id| id.parse().ok()).collect::<Vec<_>>()).collect();
+    let is_qemu = |id: &i32| fs::read_to_string(format!("/proc/{id}/comm")).is_ok_and(|name| name.trim() == "qemu-nbd");
+    children.into_iter().find(is_qemu).map(Pid::from_raw)
+}
+
+fn is_gone(child: Pid) -> Option<()> {
+    // A zombie waits for whoever adopts it.
+    let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+    (stat.is_empty() || stat.contains(") Z ")).then_some(())
+}
+
+#[test]
+fn every_format_is_read_and_written_as_qemu_does() {
+    let bench = Bench::new();
+    for format in ["vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"] {
+        let (source, copy) = (format!("source.{format}"), format!("copy.{format}"));
+        let options = if format == "vpc" { "-o force_size=on" } else { "" };
+        let convert = format!("convert -f raw -O {format} {options}");
+        qemu_img(&convert, &[&bench.at("disk.raw"), &bench.at(&source)]);
+        bench.copy(&source, "from.raw", &[]).succeeds();
+        bench.is_disk("from.raw");
+
+        bench.copy("disk.raw", &copy, &["--format", format]).succeeds();
+        let compare = format!("compare -f raw -F {format}");
+        assert_eq!(qemu_img(&compare, &[&bench.at("disk.raw"), &bench.at(&copy)]), "Images are identical.", "{format}");
+        if format != "vpc" {
+            qemu_img(&format!("check -f {format}"), &[&bench.at(&copy)]);
+        }
+        // Holes stay holes: 4 MiB of data, not 24.
+        assert!(blocks(&fs::metadata(bench.at(&copy)).unwrap()) * 512 < 12 << 20, "{format}");
+        // Into what is there, found by its content.
+        qemu_io(&["-f", format], &bench.at(&copy), &["write -P 9 12M 64k"]);
+        bench.copy("disk.raw", &copy, &["--mode", "existing"]).succeeds();
+        assert_eq!(qemu_img(&compare, &[&bench.at("disk.raw"), &bench.at(&copy)]), "Images are identical.", "{format}");
+    }
+    // VMDK keeps its own name, by which VMware finds its bytes.
+    let head = fs::read(bench.at("copy.vmdk")).unwrap();
+    assert!(head[..4096].windows(11).any(|bytes| bytes == b"\"copy.vmdk\""));
+}
+
+#[test]
+fn a_size_that_the_format_cannot_have_is_rounded_and_said() {
+    let bench = Bench::of((20 << 20) + 700);
+    let ended = bench.copy("disk.raw", "copy.vhdx", &[]);
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(ended.stderr.contains("'copy.vhdx' is 324 bytes larger than the source"), "{ended:?}");
+    let compared = qemu_img("compare -f raw -F vhdx", &[&bench.at("disk.raw"), &bench.at("copy.vhdx")]);
+    assert!(compared.contains("Images are identical"), "{compared}");
+    bench.copy("disk.raw", "copy.vhdx", &["--mode", "existing"]).fails(2, "too large");
+}
+
+#[test]
+fn a_secret_opens_what_is_encrypted_and_shows_nowhere() {
+    let bench = Bench::new();
+    fs::write(bench.at("key"), "hunter2\n").unwrap();
+    fs::write(bench.at("raw key"), "hunter2").unwrap();
+    fs::write(bench.at("wrong"), "letmein").unwrap();
+    let object = format!("secret,id=s,file={}", text(&bench.at("raw key")));
+    for (format, options) in [
+        ("luks", "iter-time=10,key-secret=s"),
+        ("qcow2", "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=s"),
+    ] {
+        let arguments = ["create", "-q", "--object", &object, "-f", format];
+        let image = bench.at("encrypted");
+        run("qemu-img", &[&arguments[..], &["-o", options, text(&image), "24M"]].concat());
+        bench.copy("disk.raw", "encrypted", &["--mode", "existing", "--target-secret", "file:key"]).succeeds();
+        let ciphertext = fs::read(&image).unwrap();
+        assert!(!ciphertext.windows(4096).step_by(512).any(|bytes| bytes == [2; 4096]));
+        bench.copy("encrypted", "plain.raw", &["--secret", "file:key"]).succeeds();
+        bench.is_disk("plain.raw");
+        let wrong = bench.copy("encrypted", "wrong.raw", &["--secret", "file:wrong"]);
+        wrong.fails(4, "open source 'encrypted': ");
+        assert!(!wrong.stderr.contains("letmein") && !wrong.stderr.contains("json"), "{wrong:?}");
+        assert!(!bench.at("wrong.raw").exists());
+    }
+    bench.copy("encrypted", "x.raw", &["--source-format", "luks"]).fails(2, "luks needs a --secret");
+    let refused = bench.copy("encrypted", "x.raw", &["--secret", "env:NO_SUCH"]);
+    refused.fails(2, "there is no variable 'NO_SUCH'");
+}
+
+#[test]
+fn a_new_target_is_encrypted_and_qemu_opens_it() {
+    let bench = Bench::new();
+    let mut command = bench.command("disk.raw", "copy.luks", &["--secret", "env:KEY"]);
+    Ended::of(command.env("KEY", "hunter2").output().unwrap()).succeeds();
+    fs::write(bench.at("key"), "hunter2").unwrap();
+    let image = format!("driver=luks,key-secret=s,file.filename={}", text(&bench.at("copy.luks")));
+    let object = format!("secret,id=s,file={}", text(&bench.at("key")));
+    let back = bench.at("back.raw");
+    run("qemu-img", &["convert", "--object", &object, "--image-opts", &image, "-O", "raw", text(&back)]);
+    bench.is_disk("back.raw");
+}
+
+#[test]
+fn without_qemu_nbd_the_package_is_named() {
+    let bench = Bench::new();
+    qemu_img("convert -f raw -O vhdx", &[&bench.at("disk.raw"), &bench.at("disk.vhdx")]);
+    let without = |device: &str, target: &str, more: &[&str]| {
+        Ended::of(bench.command(device, target, more).env("PATH", bench.at("tmp")).output().unwrap())
+    };
+    let said = without("disk.vhdx", "x.raw", &[]);
+    said.fails(4, "needs qemu-nbd, which is not installed: it is in the package qemu-utils");
+    assert!(said.stderr.contains("--source-format raw"), "{said:?}");
+    without("rbd:pool/image", "x.raw", &[]).fails(4, "qemu-utils");
+    for target in ["x.vmdk", "ssh://localhost/x"] {
+        without("disk.raw", target, &[]).fails(5, "qemu-utils");
+    }
+    assert_eq!(names(bench.folder.path()), ["disk.raw", "disk.vhdx", "tmp"]);
+    without("disk.vhdx", "x.raw", &["--source-format", "raw"]).succeeds();
+    assert!(fs::read(bench.at("x.raw")).unwrap() == fs::read(bench.at("disk.vhdx")).unwrap());
+}
+
+#[test]
+fn a_child_that_dies_fails_its_side_and_nothing_is_published() {
+    let bench = Bench::new();
+    qemu_img("convert -f raw -O vmdk", &[&bench.at("disk.raw"), &bench.at("disk.vmdk")]);
+    for (device, target, code) in [("disk.vmdk", "x.raw", 4), ("disk.raw", "x.vmdk", 5)] {
+        let (running, child) = bench.slow(device, target);
+        kill(child, Signal::SIGKILL).unwrap();
+        running.ended().fails(code, "qemu-nbd was ended by signal 9");
+        assert_eq!(names(bench.folder.path()), ["disk.raw", "disk.vmdk", "tmp"]);
+    }
+}
+
+#[test]
+fn a_stopped_child_holds_no_one_up_and_none_is_left_behind() {
+    let bench = Bench::new();
+    qemu_img("convert -f raw -O vmdk", &[&bench.at("disk.raw"), &bench.at("disk.vmdk")]);
+    for (device, target) in [("disk.vmdk", "x.raw"), ("disk.raw", "x.vmdk")] {
+        let (running, child) = bench.slow(device, target);
+        kill(child, Signal::SIGSTOP).unwrap();
+        let cancelled = Instant::now();
+        running.signal(Signal::SIGINT);
+        let ended = running.ended();
+        assert!(cancelled.elapsed() < Duration::from_millis(1500), "{:?}", cancelled.elapsed());
+        assert_eq!(ended.code, 130, "{ended:?}");
+        wait_for("the end of qemu-nbd", || is_gone(child));
+
+        let (running, child) = bench.slow(device, target);
+        running.signal(Signal::SIGKILL);
+        running.ended();
+        wait_for("the end of qemu-nbd", || is_gone(child));
+        assert_eq!(names(&bench.at("tmp")), [""; 0]);
+        let _ = fs::remove_file(bench.at(&format!(".{target}.drive-backup-partial")));
+        assert_eq!(names(bench.folder.path()), ["disk.raw", "disk.vmdk", "tmp"]);
+    }
+}
+
+#[test]
+fn an_image_that_a_qemu_writes_is_busy() {
+    let bench = Bench::new();
+    qemu_img("convert -f raw -O vdi", &[&bench.at("disk.raw"), &bench.at("disk.vdi")]);
+    let socket = bench.at("socket");
+    let arguments = ["-f", "vdi", "-t", "-k", text(&socket), text(&bench.at("disk.vdi"))];
+    let _qemu = Running::start(Command::new("qemu-nbd").args(arguments));
+    wait_for("the socket", || socket.exists().then_some(()));
+    bench.copy("disk.vdi", "x.raw", &[]).fails(8, "disk.vdi");
+    bench.copy("disk.raw", "disk.vdi", &["--mode", "existing"]).fails(8, "disk.vdi");
+    bench.copy("disk.vdi", "x.raw", &["--allow-inconsistent", "-q"]).succeeds();
+    bench.is_disk("x.raw");
+}
+
+#[test]
+fn no_backing_holds_for_qemu_s_formats_too() {
+    let bench = Bench::new();
+    let base = text(&bench.at("disk.raw")).to_owned();
+    qemu_img(&format!("create -q -f qed -F raw -b {base}"), &[&bench.at("disk.qed")]);
+    bench.copy("disk.qed", "x.raw", &["--no-backing"]).fails(4, "has a backing file, which was ruled out");
+    bench.copy("disk.qed", "x.raw", &[]).succeeds();
+    bench.is_disk("x.raw");
+}
+
+#[test]
+fn what_is_read_over_http_is_the_file_there() {
+    let bench = Bench::new();
+    qemu_img("convert -f raw -O qcow2", &[&bench.at("disk.raw"), &bench.at("disk.qcow2")]);
+    let (raw, qcow2) = (serve(&bench.at("disk.raw")), serve(&bench.at("disk.qcow2")));
+    let has_driver = Command::new("qemu-img").args(["info", &raw]).output().unwrap().status.success();
+    if has_driver {
+        bench.copy(&raw, "x.raw", &[]).succeeds();
+        bench.is_disk("x.raw");
+        bench.copy(&qcow2, "y.raw", &["--format", "raw"]).succeeds();
+        bench.is_disk("y.raw");
+    } else {
+        bench.copy(&raw, "x.raw", &[]).fails(4, "qemu-block-extra");
+    }
+    bench.copy("disk.raw", &raw, &[]).fails(2, "can only be read");
+}
+
+#[test]
+fn an_error_of_a_driver_is_quoted_without_passwords() {
+    let bench = Bench::new();
+    let place = "rbd:pool/image:conf=/nonexistent:key=hunter2";
+    for (device, target, code) in [(place, "x.raw", 4), ("disk.raw", place, 5)] {
+        let ended = bench.copy(device, target, &[]);
+        ended.fails(code, "'rbd:pool/image:conf=/nonexistent:key=…'");
+        assert!(!ended.stderr.contains("hunter2"), "{ended:?}");
+    }
+}
+
+/// The address of a file on a server that knows ranges, for as long as this program runs.
+fn serve(path: &Path) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}/disk", listener.local_addr().unwrap());
+    let bytes: &'static [u8] = fs::read(path).unwrap().leak();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            std::thread::spawn(move || answer(client.unwrap(), bytes));
+        }
+    });
+    address
+}
+
+fn answer(mut client: TcpStream, bytes: &[u8]) {
+    let mut lines = BufReader::new(client.try_clone().unwrap()).take(1 << 20);
+    loop {
+        let (mut first, mut range) = (String::new(), None);
+        loop {
+            let mut line = String::new();
+            if lines.read_line(&mut line).unwrap_or(0) == 0 {
+                return;
+            }
+            if let Some(asked) = line.to_lowercase().trim().strip_prefix("range: bytes=") {
+                let (start, end) = asked.split_once('-').unwrap();
+                range = Some((start.parse::<usize>().unwrap(), end.parse::<usize>().unwrap().min(bytes.len() - 1)));
+            }
+            if line.trim().is_empty() {
+                break;
+            }
+            first = if first.is_empty() { line } else { first };
+        }
+        let (start, end) = range.unwrap_or((0, bytes.len() - 1));
+        let status = if range.is_some() { "206 Partial Content" } else { "200 OK" };
+        let length = end + 1 - start;
+        let head = format!(
+            "HTTP/1.1 {status}\r\nAccept-Ranges: bytes\r\nContent-Length: {length}\r\nContent-Range: bytes {start}-{end}/{}\r\n\r\n",
+            bytes.len()
+        );
+        let body = if first.starts_with("HEAD") { &[] } else { &bytes[start..=end] };
+        if client.write_all(head.as_bytes()).and_then(|()| client.write_all(body)).is_err() {
+            return;
+        }
+    }
+}
