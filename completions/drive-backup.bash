@@ -26,7 +26,7 @@ _drive__backup() {
 
     case "${cmd}" in
         drive__backup)
-            opts="-q -v -h -V --device --source-format --no-backing --dry-run --allow-inconsistent --target --format --mode --cluster-size --compress --sparse --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --hook-before --hook-frozen --hook-after --hook-failed --hook-timeout --on-source-error --on-target-error --json --progress --progress-interval --status-file --metrics-file --quiet --verbose --help --version serve"
+            opts="-q -v -h -V --device --source-format --secret --no-backing --dry-run --allow-inconsistent --target --format --target-secret --mode --cluster-size --compress --sparse --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --hook-before --hook-frozen --hook-after --hook-failed --hook-timeout --on-source-error --on-target-error --json --progress --progress-interval --status-file --metrics-file --quiet --verbose --help --version serve"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -48,7 +48,11 @@ _drive__backup() {
                     return 0
                     ;;
                 --source-format)
-                    COMPREPLY=($(compgen -W "raw qcow2" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "raw qcow2 vmdk vdi vhdx vpc qed parallels luks qcow2-luks dmg cloop bochs" -- "${cur}"))
+                    return 0
+                    ;;
+                --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --target)
@@ -67,7 +71,11 @@ _drive__backup() {
                     return 0
                     ;;
                 --format)
-                    COMPREPLY=($(compgen -W "raw qcow2" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "raw qcow2 vmdk vdi vhdx vpc qed parallels luks qcow2-luks dmg cloop bochs" -- "${cur}"))
+                    return 0
+                    ;;
+                --target-secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --mode)
@@ -244,7 +252,7 @@ _drive__backup() {
                     return 0
                     ;;
                 --format)
-                    COMPREPLY=($(compgen -W "raw qcow2" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "raw qcow2 vmdk vdi vhdx vpc qed parallels luks qcow2-luks dmg cloop bochs" -- "${cur}"))
                     return 0
                     ;;
                 --writer-dir)

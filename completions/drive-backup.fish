@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_drive_backup_global_optspecs
-    string join \n device= source-format= no-backing dry-run allow-inconsistent target= format= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-frozen= hook-after= hook-failed= hook-timeout= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= q/quiet v/verbose h/help V/version
+    string join \n device= source-format= secret= no-backing dry-run allow-inconsistent target= format= target-secret= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-frozen= hook-after= hook-failed= hook-timeout= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= q/quiet v/verbose h/help V/version
 end
 
 function __fish_drive_backup_needs_command
@@ -26,10 +26,34 @@ end
 
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l device -d 'The disk image or block device to copy; give it again, with a --target each, for several disks at one instant' -r -F
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l source-format -d 'Its format; by default its content tells' -r -f -a "raw\t'The disk\'s bytes and nothing else'
-qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'"
+qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'
+vmdk\t'VMware\'s; this and all below by qemu-nbd'
+vdi\t'VirtualBox\'s'
+vhdx\t'Hyper-V\'s'
+vpc\t'Virtual PC\'s, VHD'
+qed\t'QEMU\'s former enhanced disk'
+parallels\t'Parallels\''
+luks\t'An encrypted raw disk; needs --secret'
+qcow2-luks\t'An encrypted qcow2; needs --secret'
+dmg\t'Apple\'s; only as a source'
+cloop\t'A compressed loop device; only as a source'
+bochs\t'Bochs\'; only as a source'"
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l secret -d 'Where the secret is that opens an encrypted source: file:PATH, fd:N or env:NAME' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l target -d 'The file or block device to write, or - for a raw stream to standard output' -r -F
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l format -d 'The target\'s format' -r -f -a "raw\t'The disk\'s bytes and nothing else'
-qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'"
+qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'
+vmdk\t'VMware\'s; this and all below by qemu-nbd'
+vdi\t'VirtualBox\'s'
+vhdx\t'Hyper-V\'s'
+vpc\t'Virtual PC\'s, VHD'
+qed\t'QEMU\'s former enhanced disk'
+parallels\t'Parallels\''
+luks\t'An encrypted raw disk; needs --secret'
+qcow2-luks\t'An encrypted qcow2; needs --secret'
+dmg\t'Apple\'s; only as a source'
+cloop\t'A compressed loop device; only as a source'
+bochs\t'Bochs\'; only as a source'"
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l target-secret -d 'Where the secret is that shall open an encrypted target (luks, qcow2-luks); by default that of --secret' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l mode -d 'A new image, or one that is there' -r -f -a "absolute-paths\t'Make a new image beside the target and put it in the target\'s place when it is complete; a device is written in place'
 existing\t'Write into the image that is there, in place'"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l cluster-size -d 'Cluster size of a new qcow2: a power of two from 512 to 2M; 64K by default' -r
@@ -88,7 +112,18 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -s V -l version 
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -f -a "serve" -d 'Serve a disk to programs that know nothing of backups, so that it can be backed up while they write'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l device -d 'The disk image or block device to serve; give it again for more disks' -r -F
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l format -d 'The format of the disks; by default their content tells' -r -f -a "raw\t'The disk\'s bytes and nothing else'
-qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'"
+qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'
+vmdk\t'VMware\'s; this and all below by qemu-nbd'
+vdi\t'VirtualBox\'s'
+vhdx\t'Hyper-V\'s'
+vpc\t'Virtual PC\'s, VHD'
+qed\t'QEMU\'s former enhanced disk'
+parallels\t'Parallels\''
+luks\t'An encrypted raw disk; needs --secret'
+qcow2-luks\t'An encrypted qcow2; needs --secret'
+dmg\t'Apple\'s; only as a source'
+cloop\t'A compressed loop device; only as a source'
+bochs\t'Bochs\'; only as a source'"
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l writer-dir -d 'Where backups find this server' -r -f -a "(__fish_complete_directories)"
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l nbd -d 'Serve NBD at unix:PATH or HOST:PORT; without a HOST on the loopback only. May be given again' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l tls-dir -d 'Require TLS of NBD clients, with server-cert.pem and server-key.pem from this folder' -r -f -a "(__fish_complete_directories)"

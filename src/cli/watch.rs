@@ -152,7 +152,6 @@ fn target_record(path: Option<&Path>, format: &'static str, kind: TargetKind) ->
             TargetKind::Existing => "existing",
             TargetKind::Device => "device",
             TargetKind::Remote => "remote",
-            TargetKind::Remote => "remote",
             TargetKind::Export => "nbd",
             TargetKind::Stdout => "stdout",
         },
