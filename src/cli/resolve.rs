@@ -213,6 +213,7 @@ fn check(args: &Args) -> Result<()> {
 
 fn check_stream(args: &Args) -> Result<()> {
     let wrong = [
+        (args.format == Some(ImageFormat::Qcow2), "--format qcow2"),
         (args.format.is_some_and(|format| format != ImageFormat::Raw), "--format (but raw)"),
         (args.compress.is_some(), "--compress"),
         (args.cluster_size.is_some(), "--cluster-size"),
