@@ -16,8 +16,14 @@ _drive__backup() {
             ",$1")
                 cmd="drive__backup"
                 ;;
+            drive__backup,restore)
+                cmd="drive__backup__subcmd__restore"
+                ;;
             drive__backup,serve)
                 cmd="drive__backup__subcmd__serve"
+                ;;
+            drive__backup,verify)
+                cmd="drive__backup__subcmd__verify"
                 ;;
             *)
                 ;;
@@ -26,7 +32,7 @@ _drive__backup() {
 
     case "${cmd}" in
         drive__backup)
-            opts="-q -v -h -V --device --source-format --secret --no-backing --dry-run --allow-inconsistent --target --format --target-secret --mode --cluster-size --compress --sparse --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --hook-before --hook-frozen --hook-after --hook-failed --hook-timeout --on-source-error --on-target-error --json --progress --progress-interval --status-file --metrics-file --quiet --verbose --help --version serve"
+            opts="-q -v -h -V --device --source-format --secret --no-backing --dry-run --allow-inconsistent --target --format --target-secret --mode --cluster-size --compress --sparse --verify --manifest --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --hook-before --hook-frozen --hook-after --hook-failed --hook-timeout --on-source-error --on-target-error --json --progress --progress-interval --status-file --metrics-file --quiet --verbose --help --version serve verify restore"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -92,6 +98,21 @@ _drive__backup() {
                     ;;
                 --sparse)
                     COMPREPLY=($(compgen -W "auto never" -- "${cur}"))
+                    return 0
+                    ;;
+                --manifest)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
                     return 0
                     ;;
                 --speed)
@@ -229,6 +250,86 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        drive__subcmd__backup__subcmd__restore)
+            opts="-q -v -h --target --manifest --only-changed --verify --source-format --format --mode --no-fsync --speed --workers --direct --on-source-error --on-target-error --json --progress --progress-interval --quiet --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --target)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
+                    return 0
+                    ;;
+                --manifest)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
+                    return 0
+                    ;;
+                --source-format)
+                    COMPREPLY=($(compgen -W "raw qcow2 vmdk vdi vhdx vpc qed parallels luks qcow2-luks dmg cloop bochs" -- "${cur}"))
+                    return 0
+                    ;;
+                --format)
+                    COMPREPLY=($(compgen -W "raw qcow2 vmdk vdi vhdx vpc qed parallels luks qcow2-luks dmg cloop bochs" -- "${cur}"))
+                    return 0
+                    ;;
+                --mode)
+                    COMPREPLY=($(compgen -W "absolute-paths existing" -- "${cur}"))
+                    return 0
+                    ;;
+                --speed)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --workers)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --on-source-error)
+                    COMPREPLY=($(compgen -W "report ignore enospc stop" -- "${cur}"))
+                    return 0
+                    ;;
+                --on-target-error)
+                    COMPREPLY=($(compgen -W "report ignore enospc stop" -- "${cur}"))
+                    return 0
+                    ;;
+                --progress)
+                    COMPREPLY=($(compgen -W "auto bar plain none" -- "${cur}"))
+                    return 0
+                    ;;
+                --progress-interval)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         drive__subcmd__backup__subcmd__serve)
             opts="-q -h --device --format --read-only --writer-dir --nbd --tls-dir --max-connections --vhost-user --fuse --json --quiet --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -305,6 +406,55 @@ _drive__backup() {
                     if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
                         compopt -o filenames
                     fi
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        drive__subcmd__backup__subcmd__verify)
+            opts="-q -v -h --manifest --source-format --speed --workers --direct --json --progress --progress-interval --quiet --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --manifest)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
+                    return 0
+                    ;;
+                --source-format)
+                    COMPREPLY=($(compgen -W "raw qcow2 vmdk vdi vhdx vpc qed parallels luks qcow2-luks dmg cloop bochs" -- "${cur}"))
+                    return 0
+                    ;;
+                --speed)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --workers)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --progress)
+                    COMPREPLY=($(compgen -W "auto bar plain none" -- "${cur}"))
+                    return 0
+                    ;;
+                --progress-interval)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 *)

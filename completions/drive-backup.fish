@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_drive_backup_global_optspecs
-    string join \n device= source-format= secret= no-backing dry-run allow-inconsistent target= format= target-secret= mode= cluster-size= compress= sparse= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-frozen= hook-after= hook-failed= hook-timeout= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= q/quiet v/verbose h/help V/version
+    string join \n device= source-format= secret= no-backing dry-run allow-inconsistent target= format= target-secret= mode= cluster-size= compress= sparse= verify manifest= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-frozen= hook-after= hook-failed= hook-timeout= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= q/quiet v/verbose h/help V/version
 end
 
 function __fish_drive_backup_needs_command
@@ -60,6 +60,7 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -l cluster-size 
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l compress -d 'Compress a new qcow2: zlib or zstd; with a level, 1 to 9 or 1 to 22, as in zstd:9' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l sparse -d 'Turn runs of zero bytes into holes' -r -f -a "auto\t'Wherever the target can have holes'
 never\t'Write every byte'"
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l manifest -d 'Write a manifest of the copy: its instant, and hashes by which drive-backup-verify(1) can check it at any time' -r -F
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l speed -d 'Limit in bytes a second, such as 50M; 0, off and unlimited mean none; auto backs off while writers wait longer' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l finish-by -d 'As slow as still arrives in time; when the time is over and the copy is not complete, exit status 10' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l speed-schedule -d 'Speeds by the time of day, as in \'08:00=10M 20:00=off\'' -r
@@ -102,6 +103,7 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -l metrics-file 
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l no-backing -d 'Refuse a source that has a backing file'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l dry-run -d 'Open, lock and check everything, say what the backup would take, and stop before its first byte'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l allow-inconsistent -d 'Accept a source that changes while it is copied; the copy may then be torn, and the summary says so'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l verify -d 'Read the target back from its medium after the flush, and compare it with what was written'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l no-fsync -d 'Do not flush the target; a success then promises nothing about a power cut'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l direct -d 'Bypass the page cache'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l json -d 'Write JSON lines to standard output, to standard error with --target -'
@@ -110,6 +112,8 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -s v -l verbose 
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -s V -l version -d 'Print version'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -f -a "serve" -d 'Serve a disk to programs that know nothing of backups, so that it can be backed up while they write'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -f -a "verify" -d 'Check that an image holds what a manifest says'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -f -a "restore" -d 'Write an image back to a block device, or to a file'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l device -d 'The disk image or block device to serve; give it again for more disks' -r -F
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l format -d 'The format of the disks; by default their content tells' -r -f -a "raw\t'The disk\'s bytes and nothing else'
 qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'
@@ -134,3 +138,82 @@ complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l read
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l json -d 'Write JSON lines to standard output: when it is ready, what goes wrong, how it ended'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -s q -l quiet -d 'Only errors'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l manifest -d 'What it should hold' -r -F
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l source-format -d 'The image\'s format; by default its content tells' -r -f -a "raw\t'The disk\'s bytes and nothing else'
+qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'
+vmdk\t'VMware\'s; this and all below by qemu-nbd'
+vdi\t'VirtualBox\'s'
+vhdx\t'Hyper-V\'s'
+vpc\t'Virtual PC\'s, VHD'
+qed\t'QEMU\'s former enhanced disk'
+parallels\t'Parallels\''
+luks\t'An encrypted raw disk; needs --secret'
+qcow2-luks\t'An encrypted qcow2; needs --secret'
+dmg\t'Apple\'s; only as a source'
+cloop\t'A compressed loop device; only as a source'
+bochs\t'Bochs\'; only as a source'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l speed -d 'Limit in bytes a second, such as 50M; holes are not charged' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l workers -d 'Number of reading threads; by default one for each core' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l progress -d 'How progress is shown on standard error' -r -f -a "auto\t'A bar on a terminal, plain lines under systemd\'s journal, else none'
+bar\t'A bar; plain lines where standard error is no terminal'
+plain\t'A line every 30 seconds and one at the end'
+none\t'None'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l progress-interval -d 'Time between JSON status records (1 by default) and between plain lines (30 by default)' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l direct -d 'Bypass the page cache: what the medium holds counts'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l json -d 'Write JSON lines to standard output'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -s q -l quiet -d 'Only errors: no progress, no warnings'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -s v -l verbose -d 'Also say what was found and done, on success too'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l target -d 'The block device or file to write' -r -F
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l manifest -d 'What the image should hold, as a backup with --manifest wrote it' -r -F
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l source-format -d 'The image\'s format; by default its content tells' -r -f -a "raw\t'The disk\'s bytes and nothing else'
+qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'
+vmdk\t'VMware\'s; this and all below by qemu-nbd'
+vdi\t'VirtualBox\'s'
+vhdx\t'Hyper-V\'s'
+vpc\t'Virtual PC\'s, VHD'
+qed\t'QEMU\'s former enhanced disk'
+parallels\t'Parallels\''
+luks\t'An encrypted raw disk; needs --secret'
+qcow2-luks\t'An encrypted qcow2; needs --secret'
+dmg\t'Apple\'s; only as a source'
+cloop\t'A compressed loop device; only as a source'
+bochs\t'Bochs\'; only as a source'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l format -d 'The target\'s format; by default raw, but what --mode existing finds, or what a new file\'s extension says' -r -f -a "raw\t'The disk\'s bytes and nothing else'
+qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'
+vmdk\t'VMware\'s; this and all below by qemu-nbd'
+vdi\t'VirtualBox\'s'
+vhdx\t'Hyper-V\'s'
+vpc\t'Virtual PC\'s, VHD'
+qed\t'QEMU\'s former enhanced disk'
+parallels\t'Parallels\''
+luks\t'An encrypted raw disk; needs --secret'
+qcow2-luks\t'An encrypted qcow2; needs --secret'
+dmg\t'Apple\'s; only as a source'
+cloop\t'A compressed loop device; only as a source'
+bochs\t'Bochs\'; only as a source'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l mode -d 'A new image, or one that is there; a device is written in place' -r -f -a "absolute-paths\t'Make a new image beside the target and put it in the target\'s place when it is complete; a device is written in place'
+existing\t'Write into the image that is there, in place'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l speed -d 'Limit in bytes a second, such as 50M; holes are not charged' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l workers -d 'Number of copying threads; by default one for each core' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l on-source-error -d 'What a read error of the image does' -r -f -a "report\t'End with the error'
+ignore\t'Go on: an unreadable source range becomes zeroes, an unwritable target range is skipped; exit status 3'
+enospc\t'Stop when the target is full, else report'
+stop\t'Pause, and try again after Enter on the terminal or SIGCONT'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l on-target-error -d 'What a write error of the target does' -r -f -a "report\t'End with the error'
+ignore\t'Go on: an unreadable source range becomes zeroes, an unwritable target range is skipped; exit status 3'
+enospc\t'Stop when the target is full, else report'
+stop\t'Pause, and try again after Enter on the terminal or SIGCONT'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l progress -d 'How progress is shown on standard error' -r -f -a "auto\t'A bar on a terminal, plain lines under systemd\'s journal, else none'
+bar\t'A bar; plain lines where standard error is no terminal'
+plain\t'A line every 30 seconds and one at the end'
+none\t'None'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l progress-interval -d 'Time between JSON status records (1 by default) and between plain lines (30 by default)' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l only-changed -d 'Read the target first, and write only what differs: onto a device, or with --mode existing'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l verify -d 'Read the target back from its medium, and compare it with what was written; a difference is exit status 7'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l no-fsync -d 'Do not flush the target; a success then promises nothing about a power cut'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l direct -d 'Bypass the page cache'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l json -d 'Write JSON lines to standard output'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -s q -l quiet -d 'Only errors: no progress, no warnings'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -s v -l verbose -d 'Also say what was found and done, on success too'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -s h -l help -d 'Print help (see more with \'--help\')'

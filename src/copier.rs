@@ -1,5 +1,6 @@
 //! The worker loop: gate, claim, read, release the writers, write, finish.
 
+use crate::digest::Sums;
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::policy::{Action, OnError};
 use crate::ground::range::{Allocation, ByteRange, Extent};
@@ -62,6 +63,15 @@ pub struct Losses {
     pub skipped: Vec<ByteRange>,
 }
 
+/// What is added up while the bytes are in memory.
+#[derive(Clone, Copy)]
+pub struct Hashing<'a> {
+    /// Gets every byte of the disk once.
+    pub sums: &'a Sums,
+    /// The copy ends at the first block that is not as the sums expect.
+    pub stops: bool,
+}
+
 /// Moves everything that the tracker calls dirty.
 pub struct Copier<'a> {
     job: &'a Job,
@@ -69,6 +79,7 @@ pub struct Copier<'a> {
     tracker: &'a Tracker,
     ends: Ends<'a>,
     rules: Rules,
+    hashing: Option<Hashing<'a>>,
     losses: Mutex<Losses>,
 }
 
@@ -81,7 +92,12 @@ enum Found<'t> {
 impl<'a> Copier<'a> {
     /// Nothing moves before [`Copier::run`].
     pub fn new(job: &'a Job, monitor: &'a dyn Monitor, tracker: &'a Tracker, ends: Ends<'a>, rules: Rules) -> Self {
-        Self { job, monitor, tracker, ends, rules, losses: Mutex::default() }
+        Self { job, monitor, tracker, ends, rules, hashing: None, losses: Mutex::default() }
+    }
+
+    /// The same, with sums of what is copied.
+    pub fn hashing(self, hashing: Option<Hashing<'a>>) -> Self {
+        Self { hashing, ..self }
     }
 
     /// Copies with `workers` threads and blocks until everything is on the target, or until the first error, or
@@ -189,6 +205,7 @@ impl<'a> Copier<'a> {
     fn skip(&self, mut claim: Claim<'_>, zeroes: &MmapMut) -> Result<()> {
         let range = claim.range();
         claim.source_read();
+        self.hash(range, |sums| sums.add_zeroes(range))?;
         if self.rules.hole.is_some() {
             self.write_zeroes(range)?;
         } else {
@@ -221,6 +238,7 @@ impl<'a> Copier<'a> {
             }
         }
         claim.source_read();
+        self.hash(range, |sums| sums.add(range.offset, bytes))?;
         let (mut data, mut zero) = (0, 0);
         let block = self.rules.hole.unwrap_or(range.length) as usize;
         for (run, is_zero) in zero::runs(bytes, block) {
@@ -238,6 +256,17 @@ impl<'a> Copier<'a> {
         self.job.count_data(data);
         self.job.count_zero(zero);
         Ok(())
+    }
+
+    /// Before the target gets the bytes: what is known to be wrong need not go there.
+    fn hash(&self, range: ByteRange, add: impl FnOnce(&Sums) -> bool) -> Result<()> {
+        let Some(Hashing { sums, stops }) = self.hashing else { return Ok(()) };
+        if add(sums) || !stops {
+            return Ok(());
+        }
+        let differing = sums.differences();
+        let first = differing.first().copied().unwrap_or(range);
+        Err(Error::differs(format!("the source differs from its manifest at {first}"), differing))
     }
 
     /// The target has it; the overlay need not keep it.

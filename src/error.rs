@@ -71,8 +71,9 @@ pub struct Place {
 pub struct Error {
     kind: Kind,
     what: String,
-    place: Option<Place>,
+    place: Option<Box<Place>>,
     source: Option<io::Error>,
+    differences: Vec<ByteRange>,
 }
 
 /// The result of everything that can end a backup.
@@ -81,7 +82,12 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// A refusal or a finding that is not an I/O error. `what` is one full line, without a full stop.
     pub fn new(kind: Kind, what: impl Into<String>) -> Self {
-        Self { kind, what: what.into(), place: None, source: None }
+        Self { kind, what: what.into(), place: None, source: None, differences: Vec::new() }
+    }
+
+    /// A comparison that failed: `what` was compared, in one line, and where it differs, ascending.
+    pub fn differs(what: impl Into<String>, differences: Vec<ByteRange>) -> Self {
+        Self { differences, ..Self::new(Kind::Differs, what) }
     }
 
     /// An I/O error on bytes of one side: `write target at 0x40000+65536: No space left on device`.
@@ -98,7 +104,7 @@ impl Error {
 
     /// An error of the system that is not about one side's bytes: `open writer folder '/run/x': Permission denied`.
     pub fn system(kind: Kind, what: impl Into<String>, source: io::Error) -> Self {
-        Self { kind, what: what.into(), place: None, source: Some(source) }
+        Self { kind, what: what.into(), place: None, source: Some(source), differences: Vec::new() }
     }
 
     fn at(place: Place, what: String, source: io::Error) -> Self {
@@ -107,12 +113,18 @@ impl Error {
             Side::Target => Kind::Target,
             Side::Overlay => Kind::InstantLost,
         };
-        Self { kind, what, place: Some(place), source: Some(source) }
+        Self { kind, what, place: Some(Box::new(place)), source: Some(source), differences: Vec::new() }
     }
 
     /// The same error under another kind, where the side alone decides wrongly.
     pub fn with_kind(self, kind: Kind) -> Self {
         Self { kind, ..self }
+    }
+
+    /// The same error, with what was done about it.
+    pub fn with_note(mut self, note: &str) -> Self {
+        self.what = format!("{}; {note}", self.what);
+        self
     }
 
     /// Which promise failed.
@@ -122,7 +134,12 @@ impl Error {
 
     /// Where, for an I/O error.
     pub fn place(&self) -> Option<&Place> {
-        self.place.as_ref()
+        self.place.as_deref()
+    }
+
+    /// The ranges that differ, where a comparison failed.
+    pub fn differences(&self) -> &[ByteRange] {
+        &self.differences
     }
 
     /// What sort of I/O error it was, where it was one.

@@ -32,6 +32,7 @@ pub struct Job {
     total: AtomicU64,
     data: AtomicU64,
     zero: AtomicU64,
+    verified: AtomicU64,
     errors: AtomicU64,
 }
 
@@ -73,6 +74,7 @@ impl Job {
             total: AtomicU64::new(0),
             data: AtomicU64::new(0),
             zero: AtomicU64::new(0),
+            verified: AtomicU64::new(0),
             errors: AtomicU64::new(0),
         }
     }
@@ -187,6 +189,11 @@ impl Job {
         self.zero.fetch_add(bytes, Relaxed);
     }
 
+    /// Counts bytes of the target that were read back.
+    pub fn count_verified(&self, bytes: u64) {
+        self.verified.fetch_add(bytes, Relaxed);
+    }
+
     /// Counts an I/O error.
     pub fn count_error(&self) {
         self.errors.fetch_add(1, Relaxed);
@@ -211,6 +218,7 @@ impl Job {
             total: self.total.load(Relaxed),
             data: self.data.load(Relaxed),
             zero: self.zero.load(Relaxed),
+            verified: self.verified.load(Relaxed),
             errors: self.errors.load(Relaxed),
             speed_limit: control.rate,
             overlay,

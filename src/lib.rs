@@ -9,10 +9,10 @@
 //! | floor | modules | |
 //! |---|---|---|
 //! | 0 | [`ground`], `sync` | values only |
-//! | 1 | [`error`], `snapshot::copy_state` | |
+//! | 1 | [`error`], [`digest`], `snapshot::copy_state` | |
 //! | 2 | `snapshot::tracker`, [`job`] | waits, does no I/O |
-//! | 3 | [`image`], `snapshot::overlay`, [`hook`] | I/O |
-//! | 4 | [`copier`] | the worker loop |
+//! | 3 | [`image`], [`manifest`], `snapshot::overlay`, [`hook`] | I/O |
+//! | 4 | [`copier`], [`scan`] | the worker loops |
 //! | 5 | [`backup`], [`publish`] | wires everything, joins everything |
 //! | 6 | [`serve`] | disks behind NBD, vhost-user and FUSE |
 //! | 7 | `cli` | flags, terminal, exit codes |
@@ -23,6 +23,8 @@ pub mod backup;
 pub mod cli;
 #[cfg(feature = "engine")]
 pub mod copier;
+#[cfg(feature = "engine")]
+pub mod digest;
 pub mod error;
 pub mod ground;
 #[cfg(feature = "engine")]
@@ -30,12 +32,16 @@ pub mod hook;
 #[cfg(feature = "engine")]
 pub mod image;
 pub mod job;
+#[cfg(feature = "engine")]
+pub mod manifest;
 pub mod monitor;
 #[cfg(feature = "nbd")]
 pub mod nbd;
 #[cfg(feature = "engine")]
 pub mod publish;
 pub mod ring;
+#[cfg(feature = "engine")]
+pub mod scan;
 #[cfg(feature = "serve")]
 pub mod serve;
 pub mod snapshot;

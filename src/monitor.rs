@@ -60,6 +60,8 @@ pub enum TargetKind {
     Remote,
     /// A stream.
     Stdout,
+    /// None: the source is only read.
+    Nowhere,
 }
 
 /// What is known when copying begins.

@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, Permissions};
 use std::io;
-use std::os::fd::IntoRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -144,6 +144,11 @@ impl Publish {
         self.place.target.with_file_name(&self.place.partial)
     }
 
+    /// The partial file, as long as this process has it: to be opened once more.
+    pub fn opened_path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+    }
+
     /// What removes the partial file from another thread.
     pub fn remover(&self) -> Remover {
         Remover { place: Arc::clone(&self.place) }
@@ -166,6 +171,17 @@ impl Publish {
         if fsync { self.put_durably(&mut warnings) } else { self.put() }?;
         self.place.phase.store(PUBLISHED, Ordering::Release);
         Ok(warnings)
+    }
+
+    /// Keeps a copy that must not be published, under a name of its own beside the target, in place of an older one of the
+    /// kind. Returns its path. Nothing is flushed.
+    pub fn set_aside(self) -> Result<PathBuf> {
+        self.place.pass(WRITING, PUBLISHING)?;
+        let Place { folder, partial, name, target, .. } = &*self.place;
+        let bad = partial::name_of_bad(partial, name);
+        self.steps.rename(folder, partial, &bad).map_err(|e| self.give_up("set aside", e))?;
+        self.place.phase.store(PUBLISHED, Ordering::Release);
+        Ok(target.with_file_name(bad))
     }
 
     /// Removes the partial file. Dropping does the same, and says nothing when it fails.

@@ -2,7 +2,7 @@
 
 #![cfg(feature = "cli")]
 
-use drive_backup::cli::manual::{completions, page, serve_page};
+use drive_backup::cli::manual::{completions, page, restore_page, serve_page, verify_page};
 use std::path::Path;
 use std::process::Command;
 use std::{env, fs};
@@ -21,6 +21,8 @@ fn check(path: &str, expected: &[u8]) {
 fn the_manual_pages_are_up_to_date() {
     check("man/drive-backup.1", &page().unwrap());
     check("man/drive-backup-serve.1", &serve_page().unwrap());
+    check("man/drive-backup-verify.1", &verify_page().unwrap());
+    check("man/drive-backup-restore.1", &restore_page().unwrap());
 }
 
 #[test]
@@ -52,6 +54,12 @@ fn the_manual_pages_render_without_a_warning() {
     let text = rendered(&page().unwrap());
     for section in ["NAME", "OPTIONS", "EXAMPLES", "EXIT STATUS", "SIGNALS", "JSON", "WHAT EXIT 0 PROMISES"] {
         assert!(text.lines().any(|line| line == section), "{section} is missing");
+    }
+    for page in [verify_page(), restore_page()] {
+        let text = rendered(&page.unwrap());
+        for section in ["NAME", "OPTIONS", "EXAMPLES", "SEE ALSO"] {
+            assert!(text.lines().any(|line| line == section), "{section} is missing");
+        }
     }
     let text = rendered(&serve_page().unwrap());
     for section in ["NAME", "OPTIONS", "EXAMPLES", "EXIT STATUS", "SIGNALS", "BACKUPS", "JSON", "SEE ALSO"] {

@@ -5,14 +5,17 @@ use super::foreign;
 use super::options::{Mode, Options, Target};
 use super::origin::Origin;
 use super::outcome::TargetState;
-use crate::error::{Error, Kind, Result, Side};
+use crate::error::{Error, Kind, Result, Side, reason};
 use crate::image::Image;
+use crate::image::changed::Changed;
 use crate::image::format::{Foreign, Format};
 use crate::image::location::Location;
 use crate::image::lock::{self, ImageLock, Protection, Terms};
+use crate::image::medium;
 #[cfg(feature = "nbd")]
 use crate::image::nbd::{Nbd, Use};
-use crate::image::open::open_backing;
+use crate::image::null::Null;
+use crate::image::open::{SourceOptions, open_backing, open_source};
 use crate::image::probe::{self, probe};
 use crate::image::qcow2::{CreateOptions, ExistingQcow2, NewQcow2};
 #[cfg(feature = "nbd")]
@@ -25,6 +28,7 @@ use crate::monitor::{TargetKind, Warning};
 #[cfg(feature = "nbd")]
 use crate::nbd::uri::Uri;
 use crate::publish::Publish;
+use std::io::Write;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,6 +42,10 @@ pub struct Destination {
     publish: Option<Publish>,
     /// The file itself, where it is one, for the kernel to clone into.
     raw: Option<Arc<Raw>>,
+    /// Over the image, where only that is written which differs.
+    changed: Option<Arc<Changed>>,
+    /// Beside the copy.
+    manifest: Option<Publish>,
     warnings: Vec<Warning>,
     /// To be ended before it is published.
     #[cfg(feature = "nbd")]
@@ -48,10 +56,27 @@ pub struct Destination {
 impl Destination {
     /// Opens, locks and checks. Refusals come before anything is touched.
     pub fn open(options: &Options, origin: &Origin) -> Result<Self> {
-        let path = match &options.target {
-            Target::Stdout => return Self::stream(origin.length()),
-            Target::At(location) => location,
+        let opened = match &options.target {
+            Target::Nowhere => return Ok(Self::raw_disk(Arc::new(Null::new(origin.length())), TargetKind::Nowhere)),
+            Target::Stdout if options.proof.verify => {
+                return Err(Error::new(Kind::Usage, "a stream can't be read back: verify needs a file or a device"));
+            }
+            Target::Stdout => Self::stream(origin.length())?.with_manifest(options, origin),
+            Target::At(location) => Self::at(options, location, origin)?.with_manifest(options, origin),
         };
+        let destination = opened?;
+        match options.restoring.only_changed {
+            false => Ok(destination),
+            true if destination.publish.is_none() && destination.kind != TargetKind::Stdout => {
+                Ok(destination.only_changed())
+            }
+            true => {
+                Err(Error::new(Kind::Usage, "a new file has nothing that could be kept: write into one that is there"))
+            }
+        }
+    }
+
+    fn at(options: &Options, path: &Location, origin: &Origin) -> Result<Self> {
         options.device.refuse_as_target(path)?;
         let path = match path {
             Location::Path(path) => path.as_path(),
@@ -72,19 +97,39 @@ impl Destination {
         }
     }
 
-    fn stream(length: u64) -> Result<Self> {
-        Ok(Self {
-            image: Arc::new(Stream::stdout(length)?),
+    /// The disk's own bytes, in place.
+    fn raw_disk(image: Arc<dyn Image>, kind: TargetKind) -> Self {
+        Self {
+            image,
             format: Format::Raw,
-            kind: TargetKind::Stdout,
+            kind,
             path: None,
             publish: None,
             raw: None,
+            changed: None,
+            manifest: None,
             warnings: Vec::new(),
             #[cfg(feature = "nbd")]
             qemu: None,
             _lock: None,
-        })
+        }
+    }
+
+    fn only_changed(self) -> Self {
+        let changed = Arc::new(Changed::of(self.image));
+        Self { image: changed.clone(), changed: Some(changed), ..self }
+    }
+
+    /// Begins the manifest, under no name yet.
+    fn with_manifest(self, options: &Options, origin: &Origin) -> Result<Self> {
+        let Some(path) = &options.proof.manifest else { return Ok(self) };
+        let about = |error: Error| Error::new(error.kind(), format!("manifest: {error}"));
+        origin.refuse_as_target(path).map_err(about)?;
+        Ok(Self { manifest: Some(Publish::begin(path).map_err(about)?), ..self })
+    }
+
+    fn stream(length: u64) -> Result<Self> {
+        Ok(Self::raw_disk(Arc::new(Stream::stdout(length)?), TargetKind::Stdout))
     }
 
     /// An export that is there, written in place: it is the disk itself.
@@ -98,38 +143,24 @@ impl Destination {
         }
         let usage = Use { side: Side::Target, flushes: options.fsync, reconnect: options.reconnect };
         let image = Nbd::open(uri, usage)?;
-        refuse_other_size(origin.length(), name, image.length())?;
-        let mut warnings = Vec::new();
+        let larger = fitting(options, origin.length(), name, image.length())?;
+        let mut warnings: Vec<Warning> = larger.into_iter().collect();
         if options.fsync && !image.can_flush() {
             let what = format!("the server of target '{uri}' can't flush: what a success means is its own affair");
             warnings.push(Warning::general("no_flush", what));
         }
-        Ok(Self {
-            image: Arc::new(image),
-            format: Format::Raw,
-            kind: TargetKind::Export,
-            path: Some(name.to_owned()),
-            publish: None,
-            raw: None,
-            warnings,
-            #[cfg(feature = "nbd")]
-            qemu: None,
-            _lock: None,
-        })
+        let path = Some(name.to_owned());
+        Ok(Self { path, warnings, ..Self::raw_disk(Arc::new(image), TargetKind::Export) })
     }
 
     #[cfg(feature = "nbd")]
     fn qemu(image: Arc<Qemu>, format: Format, kind: TargetKind, path: &Path, origin: &Origin) -> Self {
         Self {
             format,
-            kind,
             path: Some(path.to_owned()),
-            publish: None,
-            raw: None,
             warnings: foreign::rounded(&image, path, origin.length()).into_iter().collect(),
-            image: image.clone(),
-            qemu: Some(image),
-            _lock: None,
+            qemu: Some(image.clone()),
+            ..Self::raw_disk(image, kind)
         }
     }
 
@@ -180,6 +211,8 @@ impl Destination {
             path: Some(path.to_owned()),
             publish: Some(publish),
             raw: Some(raw),
+            changed: None,
+            manifest: None,
             warnings,
             #[cfg(feature = "nbd")]
             qemu: None,
@@ -193,7 +226,7 @@ impl Destination {
         }
         let InPlace { image, protection } = open_in_place(path)?;
         let raw = finish_raw(image, options, path)?;
-        let (lock, warnings) = split(protection);
+        let (lock, mut warnings) = split(protection);
         let format = match (options.format, options.mode) {
             (Some(format), _) => format,
             (None, Mode::Existing) => format_of_content(&raw, path)?,
@@ -213,21 +246,10 @@ impl Destination {
             }
         };
         if (format, options.mode) != (Format::Qcow2, Mode::AbsolutePaths) {
-            refuse_other_size(origin.length(), path, image.length())?;
+            warnings.extend(fitting(options, origin.length(), path, image.length())?);
         }
         let path = Some(path.to_owned());
-        Ok(Self {
-            image,
-            format,
-            kind,
-            path,
-            publish: None,
-            raw: None,
-            warnings,
-            #[cfg(feature = "nbd")]
-            qemu: None,
-            _lock: lock,
-        })
+        Ok(Self { format, path, warnings, _lock: lock, ..Self::raw_disk(image, kind) })
     }
 
     /// What is written to.
@@ -260,19 +282,61 @@ impl Destination {
         self.warnings.iter()
     }
 
+    /// As given; `-`: standard output.
+    pub fn name(&self) -> &Path {
+        self.path.as_deref().unwrap_or(Path::new("-"))
+    }
+
+    /// Bytes that differed and were written; `None`: all were.
+    pub fn written(&self) -> Option<u64> {
+        self.changed.as_ref().map(|changed| changed.written())
+    }
+
+    /// The target after a flush, opened anew and read from its medium, as far as the system lets us: past the page cache,
+    /// or at least with nothing of it there. Of an export that is its server's business.
+    pub fn read_back(&self, options: &Options) -> Result<Arc<dyn Image>> {
+        let how = |direct| SourceOptions {
+            format: Some(self.format),
+            backing: true,
+            direct,
+            secret: options.target_secret.clone(),
+            shared: false,
+        };
+        #[cfg(feature = "nbd")]
+        if let Target::At(Location::Qemu(remote)) = &options.target {
+            return foreign::source(remote, &how(false)).map(|source| source.image);
+        }
+        let path = match (&self.publish, &self.path, self.kind) {
+            (_, None, _) | (_, _, TargetKind::Export) => return Ok(self.image.clone()),
+            // Another process opens it.
+            (Some(publish), ..) if matches!(self.format, Format::Foreign(_)) => publish.partial_path(),
+            (Some(publish), ..) => publish.opened_path(),
+            (None, Some(path), _) => path.clone(),
+        };
+        let failed = |e| Error::file(Side::Target, "read back", self.name(), e);
+        medium::drop_cache(&std::fs::File::open(&path).map_err(failed)?).map_err(failed)?;
+        let open = |direct| open_source(&path, &how(direct));
+        let named = |error: Error| {
+            let text = error.to_string().replace(&*path.to_string_lossy(), &self.name().to_string_lossy());
+            Error::new(error.kind(), text)
+        };
+        open(true).or_else(|_| open(false)).map(|source| source.image).map_err(named)
+    }
+
     /// What a failure leaves once something was written.
     pub fn state_if_failed(&self) -> TargetState {
         match self.publish {
             Some(_) => TargetState::Removed,
+            None if self.kind == TargetKind::Nowhere => TargetState::Untouched,
             None => TargetState::Incomplete,
         }
     }
 
-    /// An abandoned job removes the partial file, if this made one.
+    /// An abandoned job removes the partial files, if this made any.
     pub fn undo_with(&self, job: &Job) {
         let image = self.image.clone();
         job.on_abandon(move || image.abandon());
-        if let Some(publish) = &self.publish {
+        for publish in [&self.publish, &self.manifest].into_iter().flatten() {
             let remover = publish.remover();
             job.on_abandon(move || drop(remover.remove()));
         }
@@ -280,19 +344,59 @@ impl Destination {
 
     /// Completes the image; with `fsync` it is on stable storage afterwards.
     pub fn flush(&self) -> Result<()> {
-        let path = self.path.as_deref().unwrap_or(Path::new("-"));
-        self.image.flush().map_err(|error| Error::file(Side::Target, "flush", path, error))?;
+        self.image.flush().map_err(|error| Error::file(Side::Target, "flush", self.name(), error))?;
         #[cfg(feature = "nbd")]
         self.qemu.as_ref().map_or(Ok(()), |qemu| qemu.end())?;
         Ok(())
     }
 
-    /// Gives the complete copy its name. Returns warnings.
-    pub fn publish(self, fsync: bool) -> Result<Vec<Warning>> {
-        let Some(publish) = self.publish else { return Ok(Vec::new()) };
-        let warnings = publish.commit(fsync)?;
+    /// Writes the manifest, to be published after the copy.
+    pub fn write_manifest(&self, bytes: &[u8]) -> Result<()> {
+        let Some(publish) = &self.manifest else { return Ok(()) };
+        let failed =
+            |e| Error::new(Kind::Target, format!("write manifest '{}': {}", publish.target().display(), reason(&e)));
+        publish.file()?.write_all(bytes).map_err(failed)
+    }
+
+    /// Gives the complete copy its name, and the manifest its own. Returns warnings. What is there after an error is said
+    /// beside it.
+    pub fn publish(self, fsync: bool) -> Result<Vec<Warning>, (Error, TargetState)> {
+        let state = self.state_if_failed();
+        let mut warnings = match self.publish {
+            Some(publish) => publish.commit(fsync).map_err(|error| (error, state))?,
+            None => Vec::new(),
+        };
+        if let Some(manifest) = self.manifest {
+            let about =
+                |error: Error| Error::new(error.kind(), format!("the copy is complete, its manifest is not: {error}"));
+            warnings.extend(manifest.commit(fsync).map_err(|error| (about(error), TargetState::Complete))?);
+        }
         Ok(warnings.into_iter().map(|message| Warning::general("publish", message)).collect())
     }
+
+    /// Ends a copy that failed with `error`; one that `is_bad`, since it is not what was written, is kept, under a name of
+    /// its own.
+    pub fn give_up(self, error: Error, is_bad: bool) -> (Error, TargetState) {
+        let state = self.state_if_failed();
+        match self.publish {
+            Some(publish) if is_bad => match publish.set_aside() {
+                Ok(bad) => (error.with_note(&format!("the copy is kept as '{}'", bad.display())), TargetState::KeptBad),
+                Err(_) => (error, state),
+            },
+            _ => (error, state),
+        }
+    }
+}
+
+/// Refuses a target of a size that does not fit; a warning where it is larger and may be.
+fn fitting(options: &Options, source: u64, path: &Path, target: u64) -> Result<Option<Warning>> {
+    if target <= source || !options.restoring.onto_larger {
+        return refuse_other_size(source, path, target).map(|()| None);
+    }
+    let path = path.display();
+    let rest = target - source;
+    let what = format!("target '{path}' is {rest} bytes larger than the disk: what it holds from {source:#x} on stays");
+    Ok(Some(Warning::general("larger_target", what)))
 }
 
 fn finish_raw(raw: Raw, options: &Options, path: &Path) -> Result<Arc<Raw>> {

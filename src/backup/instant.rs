@@ -16,6 +16,7 @@ use crate::image::open::SourceFile;
 use crate::image::raw::Raw;
 use crate::image::stability::Fingerprint;
 use crate::job::Job;
+use crate::manifest::Contents;
 use crate::monitor::{Instant, Warning};
 use crate::ring::folder::{self, Disk};
 use crate::ring::server::{self, Frozen, Writers};
@@ -40,13 +41,15 @@ pub struct Ready<'a> {
     pub origin: Origin,
     /// Where to.
     pub destination: Destination,
+    /// What its manifest says of the source, where it is to be compared.
+    pub expected: Option<Contents>,
 }
 
 /// The disk as of one instant.
 pub struct Moment {
     image: Arc<dyn Image>,
     how: Instant,
-    time: SystemTime,
+    time: Clocks,
     on_target: bool,
     frozen: Option<Duration>,
     /// How the source's files looked at the instant, where nothing else keeps it.
@@ -57,6 +60,21 @@ pub struct Moment {
     overlay: Option<Arc<Overlay>>,
     writers: Option<Arc<Writers>>,
     locks: Vec<ImageLock>,
+}
+
+/// One moment on two clocks.
+#[derive(Clone, Copy)]
+struct Clocks {
+    wall: SystemTime,
+    /// CLOCK_MONOTONIC.
+    monotonic: Duration,
+}
+
+impl Clocks {
+    fn now() -> Self {
+        let monotonic = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        Self { wall: SystemTime::now(), monotonic: Duration::new(monotonic.tv_sec as u64, monotonic.tv_nsec as u32) }
+    }
 }
 
 /// The writers of one disk, attached; `None`: none may be.
@@ -81,7 +99,7 @@ impl Moment {
         }
         let frozen: Vec<Option<Frozen>> =
             gathered.iter().map(|disk| disk.writers.as_ref().and_then(|_| frozen.next())).collect();
-        let time = SystemTime::now();
+        let time = Clocks::now();
         let mut moments = Vec::new();
         for (disk, gathered) in disks.iter().zip(gathered) {
             moments.push(Self::keep(disk, gathered, time)?);
@@ -93,7 +111,7 @@ impl Moment {
     }
 
     /// Everything that keeps the instant, while the writers are still frozen.
-    fn keep(disk: &Ready<'_>, gathered: Gathered, time: SystemTime) -> Result<Self> {
+    fn keep(disk: &Ready<'_>, gathered: Gathered, time: Clocks) -> Result<Self> {
         let Gathered { writers, cluster_size, warnings } = gathered;
         let properties = disk.destination.image().properties();
         let granule = cluster_size.bytes().max(properties.cluster_size);
@@ -146,7 +164,8 @@ impl Moment {
             return Ok(false);
         }
         let failed = |e| Error::file(Side::Source, "clone", path, e);
-        if let Some(target) = disk.destination.clonable().filter(|_| disk.options.sparse)
+        if let Some(target) =
+            disk.destination.clonable().filter(|_| disk.options.sparse && !disk.options.proof.needs_bytes())
             && clone::clone_into(raw.as_file(), target.as_file()).map_err(failed)?
         {
             self.on_target = true;
@@ -247,7 +266,12 @@ impl Moment {
 
     /// When.
     pub fn time(&self) -> SystemTime {
-        self.time
+        self.time.wall
+    }
+
+    /// When, by CLOCK_MONOTONIC.
+    pub fn monotonic(&self) -> Duration {
+        self.time.monotonic
     }
 
     /// For how long writers were frozen, if there were any.

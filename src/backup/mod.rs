@@ -8,22 +8,26 @@ mod instant;
 mod options;
 mod origin;
 mod outcome;
+mod proof;
 mod rehearsal;
 mod view;
 
 pub use crate::ring::server::OnCbwError;
-pub use options::{Mode, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
+pub use options::{Mode, Options, OverlayPlace, ProofOptions, Restoring, SnapshotChoice, Target, WriterChoice};
 pub use outcome::{Failure, Summary, TargetState};
 pub use rehearsal::rehearse_all;
 
-use crate::copier::{Copier, Ends, Losses, Rules};
+use crate::copier::{Copier, Ends, Hashing, Losses, Rules};
 use crate::error::{Error, Kind, Result};
 use crate::ground::status::Phase;
 use crate::job::Job;
+use crate::manifest::Contents;
 use crate::monitor::{Event, Monitor, Started};
 use destination::Destination;
 use instant::{Moment, Ready};
 use origin::Origin;
+use proof::Proof;
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
@@ -62,11 +66,10 @@ pub fn run_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
         Err(refusal) => return refuse_all(disks.len(), *refusal, ended),
     };
     thread::scope(|scope| {
-        let copies = disks.iter().zip(started).enumerate().map(|(place, (&disk, (ready, moment)))| {
-            let target = ready.destination.state_if_failed();
-            let copy = move || back_up(disk, ready, &moment).map_err(|error| Failure { error, target });
-            scope.spawn(move || ended(place, copy()))
-        });
+        let copies =
+            disks.iter().zip(started).enumerate().map(|(place, (&disk, (ready, moment)))| {
+                scope.spawn(move || ended(place, back_up(disk, ready, &moment)))
+            });
         let copies: Vec<_> = copies.collect();
         copies.into_iter().for_each(|copy| copy.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
     });
@@ -90,14 +93,19 @@ fn start<'a>(disks: &[Disk<'a>]) -> Result<Vec<(Ready<'a>, Moment)>, Box<Refusal
 
 fn open(disk: Disk<'_>) -> Result<Ready<'_>> {
     let Disk { options, job, monitor } = disk;
-    let origin = Origin::open(options)?;
+    let mut origin = Origin::open(options)?;
+    let read = |path: &PathBuf| Contents::read(path, origin.length());
+    let expected = options.proof.expected.as_ref().map(read).transpose()?;
+    if let Some(contents) = &expected {
+        origin.trim(contents.digest.length())?;
+    }
     origin.warnings().for_each(|warning| monitor.event(Event::Warning(&warning)));
     let destination = Destination::open(options, &origin)?;
     destination.warnings().for_each(|warning| monitor.event(Event::Warning(warning)));
     origin.undo_with(job);
     destination.undo_with(job);
     job.set_total(origin.length());
-    Ok(Ready { options, job, origin, destination })
+    Ok(Ready { options, job, origin, destination, expected })
 }
 
 /// Ends every disk with `error`, untouched.
@@ -118,33 +126,71 @@ fn refuse_all(disks: usize, Refusal { culprit, error }: Refusal, ended: &Ended<'
     }
 }
 
-fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary> {
+fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary, Failure> {
     let Disk { options, job, monitor } = disk;
-    let Ready { origin, destination, .. } = ready;
+    let Ready { origin, destination, expected, .. } = ready;
+    let failure = |(error, target)| Failure { error, target };
     moment.warnings().for_each(|warning| monitor.event(Event::Warning(warning)));
     monitor.event(Event::Started(&started(options, &origin, &destination, moment)));
-
-    job.enter(Phase::Copy);
-    let losses = copy(disk, moment, &destination).map_err(|error| moment.lost().unwrap_or(error))?;
-    let consistent = moment.check(&origin)?;
-
-    job.enter(Phase::Flush);
-    destination.flush()?;
-    if job.is_cancelled() {
-        return Err(Error::new(Kind::Cancelled, "cancelled"));
-    }
+    let proof = Proof::of(disk, origin.length(), expected, moment);
+    let copied = match proven_copy(disk, &origin, &destination, moment, proof) {
+        Ok(copied) => copied,
+        Err(error) => {
+            let is_bad = error.kind() == Kind::Differs && job.snapshot().phase == Phase::Verify;
+            return Err(failure(destination.give_up(error, is_bad)));
+        }
+    };
     job.enter(Phase::Publish);
-    destination.publish(options.fsync)?.iter().for_each(|warning| monitor.event(Event::Warning(warning)));
+    let written = destination.written();
+    let warnings = destination.publish(options.fsync).map_err(failure)?;
+    warnings.iter().for_each(|warning| monitor.event(Event::Warning(warning)));
     let now = job.snapshot();
+    let Copied { losses, consistent, whole } = copied;
     Ok(Summary {
         total: origin.length(),
         data: now.data,
         zero: now.zero,
         durable: options.fsync,
         consistent,
+        verified: (options.proof.verify || !options.target.is_somewhere()).then_some(true),
+        hash: whole.map(|hash| hash.to_string()),
+        written,
         unreadable: losses.unreadable,
         skipped: losses.skipped,
     })
+}
+
+/// A copy that only lacks its name.
+struct Copied {
+    losses: Losses,
+    consistent: bool,
+    whole: Option<blake3::Hash>,
+}
+
+/// Copies, flushes and proves it, and writes its manifest.
+fn proven_copy(
+    disk: Disk<'_>,
+    origin: &Origin,
+    destination: &Destination,
+    moment: &Moment,
+    proof: Proof,
+) -> Result<Copied> {
+    let Disk { options, job, .. } = disk;
+    let mut taken = proof::taken(moment);
+    job.enter(Phase::Copy);
+    let losses = copy(disk, moment, destination, proof.hashing()).map_err(|error| moment.lost().unwrap_or(error))?;
+    let consistent = moment.check(origin)?;
+    taken.consistent = consistent;
+    job.enter(Phase::Flush);
+    let proven = proof.complete(disk, destination, &losses)?;
+    if job.is_cancelled() {
+        return Err(Error::new(Kind::Cancelled, "cancelled"));
+    }
+    if options.proof.manifest.is_some() {
+        let story = proof::story(taken, origin, destination, &losses);
+        destination.write_manifest(&proven.manifest(story)?)?;
+    }
+    Ok(Copied { losses, consistent, whole: proven.whole })
 }
 
 fn started(options: &Options, origin: &Origin, destination: &Destination, moment: &Moment) -> Started {
@@ -163,7 +209,7 @@ fn started(options: &Options, origin: &Origin, destination: &Destination, moment
 }
 
 /// Moves every byte of the moment to the destination.
-fn copy(disk: Disk<'_>, moment: &Moment, destination: &Destination) -> Result<Losses> {
+fn copy(disk: Disk<'_>, moment: &Moment, destination: &Destination, hashing: Option<Hashing<'_>>) -> Result<Losses> {
     let Disk { options, job, monitor } = disk;
     if moment.is_on_target() {
         job.count_data(moment.image().length());
@@ -178,5 +224,5 @@ fn copy(disk: Disk<'_>, moment: &Moment, destination: &Destination) -> Result<Lo
         on_target_error: options.on_target_error,
     };
     let ends = Ends { source: moment.image(), overlay: moment.overlay(), target };
-    Copier::new(job, monitor, moment.tracker(), ends, rules).run(options.workers)
+    Copier::new(job, monitor, moment.tracker(), ends, rules).hashing(hashing).run(options.workers)
 }

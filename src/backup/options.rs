@@ -26,6 +26,42 @@ pub enum Target {
     At(Location),
     /// A raw stream to standard output.
     Stdout,
+    /// Nothing is written: the source is read and compared with a manifest.
+    Nowhere,
+}
+
+impl Target {
+    /// Something is written.
+    pub fn is_somewhere(&self) -> bool {
+        *self != Self::Nowhere
+    }
+}
+
+/// What is asked for to prove a copy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProofOptions {
+    /// The target is read back from its medium and compared with what was written.
+    pub verify: bool,
+    /// Where to write a manifest of the copy, published after it.
+    pub manifest: Option<PathBuf>,
+    /// The manifest that the source must agree with.
+    pub expected: Option<PathBuf>,
+}
+
+impl ProofOptions {
+    /// The copy's bytes must have been in our hands: a clone shares its blocks with the source, and proves nothing.
+    pub fn needs_bytes(&self) -> bool {
+        self.verify || self.expected.is_some()
+    }
+}
+
+/// What is done with a target that is there already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restoring {
+    /// It may be larger than the source: what follows stays as it is.
+    pub onto_larger: bool,
+    /// It is read first, and written where it differs.
+    pub only_changed: bool,
 }
 
 /// Whether a cooperating writer takes part.
@@ -78,6 +114,10 @@ pub struct Options {
     pub target_secret: Option<Secret>,
     /// New image or existing one.
     pub mode: Mode,
+    /// In place.
+    pub restoring: Restoring,
+    /// What proves the copy.
+    pub proof: ProofOptions,
     /// Bytes, of a new qcow2; `None`: 64 KiB.
     pub cluster_size: Option<u64>,
     /// Of a new qcow2.

@@ -4,9 +4,9 @@
 use super::foreign;
 use super::options::Options;
 use super::view;
-#[cfg(feature = "nbd")]
-use crate::error::Side;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, Side};
+use crate::ground::range::ByteRange;
+use crate::ground::zero;
 use crate::image::Image;
 use crate::image::format::Format;
 use crate::image::identity;
@@ -16,22 +16,24 @@ use crate::image::nbd::{Nbd, Use};
 #[cfg(feature = "nbd")]
 use crate::image::open::open_elsewhere;
 use crate::image::open::{Source, SourceFile, SourceOptions, open_source};
+use crate::image::prefix::Prefix;
 use crate::job::Job;
 use crate::monitor::Warning;
 #[cfg(feature = "nbd")]
 use crate::nbd::uri::Uri;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// An opened source.
 pub struct Origin {
+    name: PathBuf,
     source: Source,
 }
 
 impl Origin {
     /// Opens the image and its backing chain. Nothing is locked yet.
     pub fn open(options: &Options) -> Result<Self> {
-        Ok(Self { source: Self::source(options)? })
+        Ok(Self { name: options.device.name().to_owned(), source: Self::source(options)? })
     }
 
     fn source(options: &Options) -> Result<Source> {
@@ -73,9 +75,33 @@ impl Origin {
         Ok(again.image)
     }
 
+    /// As it was named.
+    pub fn name(&self) -> &Path {
+        &self.name
+    }
+
     /// Size of the disk in bytes.
     pub fn length(&self) -> u64 {
         self.source.image.length()
+    }
+
+    /// Cuts off the zero bytes from `length` on that a format of whole sectors has added. [`Kind::Differs`] when they are not.
+    pub fn trim(&mut self, length: u64) -> Result<()> {
+        let tail = ByteRange::between(length, self.length());
+        if tail.is_empty() {
+            return Ok(());
+        }
+        let mut bytes = vec![0; tail.length as usize];
+        self.source.image.read_at(&mut bytes, length).map_err(|e| Error::io(Side::Source, "read", tail, e))?;
+        if !zero::is_zero(&bytes) {
+            let what = format!(
+                "'{}' holds something at {tail}, after the end of the disk of its manifest",
+                self.name.display()
+            );
+            return Err(Error::differs(what, vec![tail]));
+        }
+        self.source.image = Arc::new(Prefix::of(self.source.image.clone(), length));
+        Ok(())
     }
 
     /// Of the image itself.

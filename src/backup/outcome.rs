@@ -16,6 +16,12 @@ pub struct Summary {
     pub durable: bool,
     /// The source is known not to have changed, or the copy shows one instant of it.
     pub consistent: bool,
+    /// The target was read back and compared; `None`: nobody asked.
+    pub verified: Option<bool>,
+    /// BLAKE3 of the disk, in hexadecimal; `None`: nobody asked.
+    pub hash: Option<String>,
+    /// Bytes that differed and were written; `None`: all were.
+    pub written: Option<u64>,
     /// Source ranges that could not be read and are zeroes on the target.
     pub unreadable: Vec<ByteRange>,
     /// Target ranges that could not be written and hold what they held before.
@@ -38,6 +44,8 @@ pub enum TargetState {
     Removed,
     /// A device, an existing image or a stream that holds half a copy.
     Incomplete,
+    /// A copy that is not what was written, kept under a name of its own; what was there before is still there.
+    KeptBad,
     /// A whole copy: what failed came after it.
     Complete,
 }
@@ -49,6 +57,7 @@ impl TargetState {
             Self::Untouched => "untouched",
             Self::Removed => "removed",
             Self::Incomplete => "incomplete",
+            Self::KeptBad => "kept_bad",
             Self::Complete => "complete",
         }
     }

@@ -38,7 +38,18 @@ pub fn rehearse_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
             disk.monitor.event(Event::Rehearsed(&rehearsal));
             let (total, data, zero) = (rehearsal.virtual_size, 0, 0);
             let (unreadable, skipped) = (Vec::new(), Vec::new());
-            Summary { total, data, zero, durable: false, consistent: true, unreadable, skipped }
+            Summary {
+                total,
+                data,
+                zero,
+                durable: false,
+                consistent: true,
+                verified: None,
+                hash: None,
+                written: None,
+                unreadable,
+                skipped,
+            }
         });
         ended(place, rehearsed.map_err(|error| Failure { error, target: TargetState::Untouched }));
     }

@@ -1,6 +1,8 @@
 //! The one definition of the flags: parser, help, man page and completions come from it.
 
+use super::restore::RestoreArgs;
 use super::serve::args::ServeArgs;
+use super::verify::VerifyArgs;
 use crate::ground::size::{NotASize, parse_rate, parse_size};
 use crate::ground::speed::Schedule;
 use crate::image::qcow2::header::Compression;
@@ -105,6 +107,21 @@ pub struct Args {
     #[arg(long, value_name = "WHEN", default_value = "auto", default_missing_value = "auto", num_args = 0..=1,
           require_equals = true, help_heading = TARGET)]
     pub sparse: Sparse,
+
+    /// Read the target back from its medium after the flush, and compare it with what was written
+    ///
+    /// Costs one more read of the target, and none of the source. A copy that differs is not published but kept beside the
+    /// target under the name NAME.drive-backup-bad; exit status 7. The file system makes no clone for the target then: one that
+    /// shares its blocks with the source would be compared with itself.
+    #[arg(long, conflicts_with = "no_fsync", help_heading = TARGET)]
+    pub verify: bool,
+
+    /// Write a manifest of the copy: its instant, and hashes by which drive-backup-verify(1) can check it at any time
+    ///
+    /// JSON; it appears under its name when the copy has appeared under its own. Of several disks the first --manifest is of
+    /// the first --device, and so on.
+    #[arg(long, value_name = "FILE", help_heading = TARGET, value_hint = ValueHint::FilePath)]
+    pub manifest: Vec<PathBuf>,
 
     /// Do not flush the target; a success then promises nothing about a power cut
     #[arg(long, help_heading = TARGET)]
@@ -259,6 +276,8 @@ pub struct Args {
 #[derive(Clone, Debug, Subcommand)]
 pub enum Verb {
     Serve(Box<ServeArgs>),
+    Verify(Box<VerifyArgs>),
+    Restore(Box<RestoreArgs>),
 }
 
 /// A format that can be asked for.
@@ -414,11 +433,11 @@ fn speed(text: &str) -> Result<Speed, NotASize> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit(pub Option<u64>);
 
-fn limit(text: &str) -> Result<Limit, NotASize> {
+pub fn limit(text: &str) -> Result<Limit, NotASize> {
     parse_rate(text).map(Limit)
 }
 
-fn seconds(text: &str) -> Result<Duration, &'static str> {
+pub fn seconds(text: &str) -> Result<Duration, &'static str> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.1..=86400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("it is a number of seconds from 0.1 to 86400"),

@@ -3,10 +3,8 @@
 
 use crate::ground::range::ByteRange;
 use crate::ground::status::{OverlayUsage, WriterStats};
-use jiff::Timestamp;
+pub use crate::manifest::PathName;
 use serde::Serialize;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 /// Of every record.
 pub const SCHEMA: u32 = 1;
@@ -51,22 +49,6 @@ pub enum Body {
     ExitError(Box<ExitError>),
 }
 
-/// A path; `path_b64` only where it is not UTF-8, and `path` is then lossy.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct PathName {
-    path: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    path_b64: Option<String>,
-}
-
-impl PathName {
-    /// The name of `path`.
-    pub fn of(path: &Path) -> Self {
-        let path_b64 = path.to_str().is_none().then(|| base64(path.as_os_str().as_bytes()));
-        Self { path: path.to_string_lossy().into_owned(), path_b64 }
-    }
-}
-
 /// The source.
 #[derive(Debug, Serialize)]
 pub struct Device {
@@ -83,7 +65,7 @@ pub struct Target {
     #[serde(flatten)]
     pub name: PathName,
     pub format: &'static str,
-    /// file, existing, device, stdout.
+    /// file, existing, device, nbd, stdout, none.
     pub kind: &'static str,
 }
 
@@ -140,6 +122,8 @@ pub struct Status {
     pub bytes_done: u64,
     pub bytes_data: u64,
     pub bytes_zero: u64,
+    /// Of the target, read back so far.
+    pub bytes_verified: u64,
     /// Data bytes a second, over the last seconds.
     pub rate: u64,
     /// Data bytes a second, since copying began.
@@ -185,7 +169,8 @@ pub struct Fault {
 
 #[derive(Debug, Serialize)]
 pub struct Summary {
-    /// complete; not_whole where ranges are missing; planned where nothing was to be copied.
+    /// complete; not_whole where ranges are missing; planned where nothing was to be copied; verified where only a comparison
+    /// was asked for.
     pub result: &'static str,
     pub exit_code: u8,
     pub durable: bool,
@@ -205,6 +190,8 @@ pub struct Summary {
     /// How many there were.
     pub warnings: u64,
     pub error_count: u64,
+    /// That differed and were written, with --only-changed; null: all were.
+    pub bytes_written: Option<u64>,
     /// Source ranges that are zeroes on the target.
     pub unreadable: Vec<Range>,
     /// Target ranges that were not written.
@@ -226,6 +213,9 @@ pub struct ExitError {
     /// removed, incomplete, untouched, complete, kept_bad; absent where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_state: Option<&'static str>,
+    /// Where a comparison found differences.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub differs: Vec<Range>,
     /// Null: there was none.
     pub writer_released: Option<bool>,
     pub seconds_elapsed: u64,
@@ -318,11 +308,7 @@ impl From<WriterStats> for Writer {
     }
 }
 
-/// RFC 3339, UTC, milliseconds.
-pub fn time(at: std::time::SystemTime) -> String {
-    let at = Timestamp::try_from(at).unwrap_or(Timestamp::UNIX_EPOCH);
-    format!("{at:.3}")
-}
+pub use crate::manifest::rfc3339 as time;
 
 /// A name for a run of one disk.
 pub fn new_job() -> String {
@@ -334,42 +320,10 @@ pub fn errno_name(errno: i32) -> String {
     format!("{:?}", nix::errno::Errno::from_raw(errno))
 }
 
-/// RFC 4648, section 4, with padding.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for three in bytes.chunks(3) {
-        let bits = three.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
-        for digit in 0..4 {
-            let sextet = bits >> (18 - 6 * digit) & 0x3f;
-            text.push(if digit <= three.len() { char::from(DIGITS[sextet as usize]) } else { '=' });
-        }
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::ffi::OsStr;
     use std::time::{Duration, SystemTime};
-
-    #[test]
-    fn base64_matches_the_rfc() {
-        for (bytes, text) in
-            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("foobar", "Zm9vYmFy")]
-        {
-            assert_eq!(base64(bytes.as_bytes()), text);
-        }
-        assert_eq!(base64(&[0xff, 0xfe, 0xfd]), "//79");
-    }
-
-    #[test]
-    fn a_path_that_is_not_utf8_keeps_its_bytes() {
-        assert_eq!(serde_json::to_string(&PathName::of(Path::new("a b"))).unwrap(), r#"{"path":"a b"}"#);
-        let odd = PathName::of(Path::new(OsStr::from_bytes(b"a\xff")));
-        assert_eq!(serde_json::to_string(&odd).unwrap(), "{\"path\":\"a\u{fffd}\",\"path_b64\":\"Yf8=\"}");
-    }
 
     #[test]
     fn times_are_utc_with_milliseconds() {

@@ -34,9 +34,28 @@ const SERVE_SYNOPSIS: &str =
 
 /// drive-backup-serve(1), in roff.
 pub fn serve_page() -> io::Result<Vec<u8>> {
+    subcommand_page("serve", SERVE_SYNOPSIS, SERVE_SECTIONS)
+}
+
+/// Its sections beside the flags: EXAMPLES, SEE ALSO.
+const VERIFY_SECTIONS: &str = include_str!("manual/verify.roff");
+/// Its sections beside the flags: EXAMPLES, SEE ALSO.
+const RESTORE_SECTIONS: &str = include_str!("manual/restore.roff");
+
+/// drive-backup-verify(1), in roff.
+pub fn verify_page() -> io::Result<Vec<u8>> {
+    subcommand_page("verify", "drive-backup verify [OPTION]... --manifest FILE IMAGE", VERIFY_SECTIONS)
+}
+
+/// drive-backup-restore(1), in roff.
+pub fn restore_page() -> io::Result<Vec<u8>> {
+    subcommand_page("restore", "drive-backup restore [OPTION]... --target PATH IMAGE", RESTORE_SECTIONS)
+}
+
+fn subcommand_page(name: &str, synopsis: &'static str, sections: &str) -> io::Result<Vec<u8>> {
     let command = environment::command();
-    let serve = command.find_subcommand("serve").expect("it is defined").clone().name("drive-backup-serve");
-    render(serve.override_usage(SERVE_SYNOPSIS).version(env!("CARGO_PKG_VERSION")), SERVE_SECTIONS)
+    let found = command.find_subcommand(name).expect("it is defined").clone().name(format!("drive-backup-{name}"));
+    render(found.override_usage(synopsis).version(env!("CARGO_PKG_VERSION")), sections)
 }
 
 /// Completions: the name under which each shell looks for them, and the script.

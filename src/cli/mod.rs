@@ -11,6 +11,7 @@ mod pairs;
 mod progress;
 mod records;
 mod resolve;
+mod restore;
 mod serve;
 mod session;
 mod signals;
@@ -20,6 +21,7 @@ mod stream;
 mod sys;
 mod systemd;
 mod usage;
+mod verify;
 mod watch;
 
 use crate::backup::{Disk, Ended, rehearse_all};
@@ -89,10 +91,13 @@ where
         }
         Err(error) => return refuse(arguments, usage::error_of(&error)),
     };
-    if let Some(Verb::Serve(args)) = &args.verb {
-        return serve::run(args, usage::view(arguments));
-    }
-    let plan = match resolve::plan(args) {
+    let plan = match args.verb {
+        Some(Verb::Serve(args)) => return serve::run(&args, usage::view(arguments)),
+        Some(Verb::Verify(args)) => verify::plan(*args),
+        Some(Verb::Restore(args)) => restore::plan(*args),
+        None => resolve::plan(args),
+    };
+    let plan = match plan {
         Ok(plan) => plan,
         Err(error) => return refuse(arguments, error),
     };

@@ -32,6 +32,30 @@ pub fn check(devices: &[PathBuf], targets: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
+/// Refuses manifests that are not one for each disk, or that would be written over a disk, a copy or each other.
+pub fn check_manifests(devices: &[PathBuf], targets: &[PathBuf], manifests: &[PathBuf]) -> Result<()> {
+    let refuse = |what: String| Err(Error::new(Kind::Usage, what));
+    if !manifests.is_empty() && manifests.len() != devices.len() {
+        let (devices, manifests) = (devices.len(), manifests.len());
+        return refuse(format!("{devices} --device and {manifests} --manifest: give one for each --device, or none"));
+    }
+    if let Some(dash) = manifests.iter().find(|manifest| is_dash(manifest)) {
+        return refuse(format!("--manifest {}: it is published as a file; name one", dash.display()));
+    }
+    if let Some((one, other)) = first_pair(manifests, is_one_target) {
+        return refuse(format!("{} given twice: each disk has its own", named("--manifest", one, other)));
+    }
+    for manifest in manifests {
+        if let Some(other) =
+            devices.iter().chain(targets).find(|other| !is_dash(other) && is_one_target(manifest, other))
+        {
+            let (manifest, other) = (manifest.display(), other.display());
+            return refuse(format!("--manifest '{manifest}' is '{other}' too: name another file"));
+        }
+    }
+    Ok(())
+}
+
 fn is_one_target(one: &Path, other: &Path) -> bool {
     let leads_to_one = || place(one).is_some_and(|one| place(other).is_some_and(|other| one == other));
     one == other || identity::is_overlapping(one, other) || leads_to_one()

@@ -1,14 +1,16 @@
 //! From flags to what they ask for: defaults filled in, contradictions refused before anything is opened.
 
 use super::args::{
-    Args, CbwPolicy, Compress, ImageFormat, NewImageMode, Policy, Snapshot, Sparse, Speed, WriterPolicy,
+    Args, CbwPolicy, Compress, ImageFormat, NewImageMode, Policy, Progress, Snapshot, Sparse, Speed, WriterPolicy,
 };
 use super::hooks::Hooks;
 use super::pairs;
 use super::progress::Style;
 use super::signs::Files;
 use super::steer::{Course, Steering};
-use crate::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
+use crate::backup::{
+    Mode, OnCbwError, Options, OverlayPlace, ProofOptions, Restoring, SnapshotChoice, Target, WriterChoice,
+};
 use crate::error::{Error, Kind, Result};
 use crate::ground::policy::OnError;
 use crate::hook::{Hook, When};
@@ -22,6 +24,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const CLUSTER_SIZES: std::ops::RangeInclusive<u64> = 512..=2 << 20;
+/// As the backup's --reconnect-delay.
+const RECONNECT: Duration = Duration::from_secs(10);
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a run is asked to do and to show.
@@ -65,29 +69,54 @@ pub enum JsonEnd {
     Stderr,
 }
 
+/// The flags of what is shown, which every subcommand has that moves bytes.
+pub struct Shown {
+    pub json: bool,
+    pub progress: Progress,
+    pub interval: Option<Duration>,
+    pub quiet: bool,
+    pub verbose: bool,
+    pub dry_run: bool,
+}
+
+impl Shown {
+    /// What they ask for; `to_stdout`: standard output is the target.
+    pub fn view(self, to_stdout: bool) -> View {
+        let style = Style::choose(self.progress, self.interval);
+        let json = self.json.then_some(if to_stdout { JsonEnd::Stderr } else { JsonEnd::Stdout });
+        let style = match json {
+            Some(JsonEnd::Stderr) => Style::None,
+            // The bar would run through the lines.
+            Some(JsonEnd::Stdout) if matches!(style, Style::Bar { .. }) && std::io::stdout().is_terminal() => {
+                Style::None
+            }
+            _ => style,
+        };
+        let status_interval = self.interval.unwrap_or(STATUS_INTERVAL);
+        View { json, status_interval, style, quiet: self.quiet, verbose: self.verbose, dry_run: self.dry_run }
+    }
+}
+
 /// A plan, or what is wrong with the flags, in one line with a hint.
 pub fn plan(args: Args) -> Result<Plan> {
     check(&args)?;
-    let style = Style::choose(args.progress, args.progress_interval);
-    let to_stdout = args.target.iter().any(|target| is_dash(target));
-    let json = args.json.then_some(if to_stdout { JsonEnd::Stderr } else { JsonEnd::Stdout });
-    let style = match json {
-        Some(JsonEnd::Stderr) => Style::None,
-        // The bar would run through the lines.
-        Some(JsonEnd::Stdout) if matches!(style, Style::Bar { .. }) && std::io::stdout().is_terminal() => Style::None,
-        _ => style,
-    };
-    let view = View {
-        json,
-        status_interval: args.progress_interval.unwrap_or(STATUS_INTERVAL),
-        style,
+    let shown = Shown {
+        json: args.json,
+        progress: args.progress,
+        interval: args.progress_interval,
         quiet: args.quiet,
         verbose: args.verbose,
         dry_run: args.dry_run,
     };
-    let ends = args.device.iter().zip(&args.target);
+    let view = shown.view(args.target.iter().any(|target| is_dash(target)));
+    let ends = args.device.iter().zip(&args.target).enumerate();
     let secrets = Secrets::read(&args)?;
-    let disks = ends.map(|(device, target)| options(&args, &secrets, device, target)).collect::<Result<_>>()?;
+    let disk = |(place, (device, target)): (usize, (&PathBuf, &PathBuf))| {
+        let manifest = args.manifest.get(place).cloned();
+        let proof = ProofOptions { verify: args.verify, manifest, expected: None };
+        Ok(Options { proof, ..options(&args, &secrets, device, target)? })
+    };
+    let disks = ends.map(disk).collect::<Result<_>>()?;
     let steering = Steering { course: course(&args)?, timeout: args.timeout };
     let files = Files { status: args.status_file, metrics: args.metrics_file, ..Files::default() };
     let (before, after, failed) = (args.hook_before, args.hook_after, args.hook_failed);
@@ -130,7 +159,6 @@ impl Secrets {
 
 fn options(args: &Args, secrets: &Secrets, device: &Path, target: &Path) -> Result<Options> {
     let to_stdout = is_dash(target);
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     Ok(Options {
         device: Location::parse(device)?,
         source_format: args.source_format.map(Format::from),
@@ -143,12 +171,14 @@ fn options(args: &Args, secrets: &Secrets, device: &Path, target: &Path) -> Resu
             NewImageMode::AbsolutePaths => Mode::AbsolutePaths,
             NewImageMode::Existing => Mode::Existing,
         },
+        restoring: Restoring::default(),
+        proof: ProofOptions::default(),
         cluster_size: args.cluster_size,
         compression: args.compress.map(CompressOptions::from),
         sparse: args.sparse == Sparse::Auto,
         direct: args.direct,
         fsync: !args.no_fsync,
-        workers: args.workers.map_or_else(cores, usize::from),
+        workers: workers(args.workers),
         allow_inconsistent: args.allow_inconsistent,
         writer: match args.writer {
             WriterPolicy::Auto => WriterChoice::Auto,
@@ -176,6 +206,52 @@ fn options(args: &Args, secrets: &Secrets, device: &Path, target: &Path) -> Resu
     })
 }
 
+/// As asked for, else one for each core.
+pub fn workers(given: Option<u16>) -> usize {
+    given.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
+}
+
+/// What all have in common that read an image to which nobody writes.
+pub fn reading(image: &Path, target: Target) -> Result<Options> {
+    if is_dash(image) {
+        return Err(Error::new(
+            Kind::Usage,
+            "an image is read at any offset: - is not possible, name a file or a device",
+        ));
+    }
+    Ok(Options {
+        device: Location::parse(image)?,
+        source_format: None,
+        secret: None,
+        target_secret: None,
+        backing: true,
+        target,
+        format: None,
+        mode: Mode::AbsolutePaths,
+        restoring: Restoring::default(),
+        proof: ProofOptions::default(),
+        cluster_size: None,
+        compression: None,
+        sparse: true,
+        direct: false,
+        fsync: true,
+        workers: 1,
+        allow_inconsistent: false,
+        writer: WriterChoice::None,
+        writer_dir: None,
+        snapshot: SnapshotChoice::Overlay,
+        overlay: OverlayPlace::Memory,
+        overlay_limit: None,
+        hook_frozen: None,
+        freeze_timeout: Duration::ZERO,
+        cbw_timeout: Duration::ZERO,
+        on_cbw_error: OnCbwError::BreakSnapshot,
+        reconnect: RECONNECT,
+        on_source_error: OnError::Report,
+        on_target_error: OnError::Report,
+    })
+}
+
 /// The overlay may grow large and hot: /tmp is often memory, so without TMPDIR it is /var/tmp.
 fn overlay(given: Option<&Path>) -> OverlayPlace {
     match given {
@@ -196,6 +272,7 @@ fn check(args: &Args) -> Result<()> {
         return refuse("--cluster-size is a power of two from 512 to 2M");
     }
     pairs::check(&args.device, &args.target)?;
+    pairs::check_manifests(&args.device, &args.target, &args.manifest)?;
     if args.target.iter().any(|target| is_dash(target)) {
         return check_stream(args);
     }
@@ -218,9 +295,12 @@ fn check_stream(args: &Args) -> Result<()> {
         (args.compress.is_some(), "--compress"),
         (args.cluster_size.is_some(), "--cluster-size"),
         (args.mode == NewImageMode::Existing, "--mode existing"),
+        (args.verify, "--verify"),
     ];
     if let Some((_, flag)) = wrong.into_iter().find(|(given, _)| *given) {
-        let what = format!("{flag} is not possible with --target -: a stream is raw; leave it out, or write to a file");
+        let what = format!(
+            "{flag} is not possible with --target -: a stream is raw and can't be read back; leave it out, or write to a file"
+        );
         return Err(Error::new(Kind::Usage, what));
     }
     if std::io::stdout().is_terminal() {
@@ -240,6 +320,7 @@ fn raw_by_request(args: &Args) -> bool {
 pub fn target_word(target: &Target) -> String {
     match target {
         Target::Stdout => "-".to_owned(),
+        Target::Nowhere => String::new(),
         Target::At(location) => location.to_string(),
     }
 }
@@ -249,6 +330,7 @@ pub fn target_name(target: &Target) -> String {
     match target {
         Target::At(location) => format!("'{location}'"),
         Target::Stdout => "the copy on standard output".to_owned(),
+        Target::Nowhere => "nothing".to_owned(),
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::hooks::Hooks;
 use super::json::{self, Body, ExitError};
-use super::progress::{BadEnd, Display, GoodEnd, People, Row, Style};
+use super::progress::{BadEnd, Display, GoodEnd, People, Row, Style, differing};
 use super::records::{Lines, Records};
 use super::resolve::{View, target_name, target_word};
 use super::signals::{self, Request};
@@ -375,7 +375,8 @@ impl Watched {
         let code = if summary.is_whole() { exit::COMPLETE } else { exit::NOT_WHOLE };
         let elapsed = self.began.elapsed();
         let rate_avg = (summary.data as f64 / elapsed.as_secs_f64().max(1e-3)) as u64;
-        let good = GoodEnd { summary, elapsed, rate_avg };
+        let compared = self.watch.started.get().is_some_and(|started| started.target_kind == TargetKind::Nowhere);
+        let good = GoodEnd { summary, elapsed, rate_avg, compared };
         let display = &self.watch.display;
         good.missing().iter().for_each(|line| display.fail(line));
         if !summary.consistent && !self.view.quiet {
@@ -390,18 +391,20 @@ impl Watched {
         let body = json::Summary {
             result: match summary.is_whole() {
                 _ if self.view.dry_run => "planned",
+                true if compared => "verified",
                 true => "complete",
                 false => "not_whole",
             },
             exit_code: code,
             durable: summary.durable,
-            verified: None,
-            hash: None,
+            verified: summary.verified,
+            hash: summary.hash.clone(),
             consistent: summary.consistent,
             total_bytes: summary.total,
             bytes_done: summary.data + summary.zero,
             bytes_data: summary.data,
             bytes_zero: summary.zero,
+            bytes_written: summary.written,
             total_duration: elapsed.as_secs_f64(),
             rate_avg,
             warnings: self.watch.warnings.load(Relaxed),
@@ -434,6 +437,7 @@ impl Watched {
         }
         let begun = self.watch.started.get().is_some();
         let line = BadEnd { message: &message, state, target: &self.target, begun }.line();
+        differing(error.differences()).iter().for_each(|line| self.watch.display.fail(line));
         self.watch.display.fail(&line);
         let body = ExitError {
             exit_code: code,
@@ -441,6 +445,7 @@ impl Watched {
             signal,
             message: line,
             target_state: Some(state.name()),
+            differs: error.differences().iter().copied().map(Into::into).collect(),
             writer_released: self.job.snapshot().writers.map(|_| released),
             seconds_elapsed: self.began.elapsed().as_secs(),
             dropped: json::Dropped::default(),
@@ -452,6 +457,7 @@ impl Watched {
     fn state_after(&self, undone: bool) -> TargetState {
         match self.watch.started.get().map(|started| started.target_kind) {
             None if undone => TargetState::Untouched,
+            Some(TargetKind::Nowhere) => TargetState::Untouched,
             Some(TargetKind::File) if undone => TargetState::Removed,
             _ => TargetState::Incomplete,
         }

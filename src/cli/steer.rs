@@ -210,7 +210,7 @@ mod tests {
 
     fn copying(total: u64, data: u64, speed_limit: Option<u64>) -> Snapshot {
         let (phase, paused, zero, errors) = (Phase::Copy, None, 0, 0);
-        Snapshot { phase, paused, total, data, zero, errors, speed_limit, overlay: None, writers: None }
+        Snapshot { phase, paused, total, data, zero, verified: 0, errors, speed_limit, overlay: None, writers: None }
     }
 
     fn helm(course: Course) -> Helm {

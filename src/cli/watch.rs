@@ -154,6 +154,7 @@ fn target_record(path: Option<&Path>, format: &'static str, kind: TargetKind) ->
             TargetKind::Remote => "remote",
             TargetKind::Export => "nbd",
             TargetKind::Stdout => "stdout",
+            TargetKind::Nowhere => "none",
         },
     }
 }
@@ -257,6 +258,7 @@ fn status_record(view: &View) -> Status {
         bytes_done: job.done(),
         bytes_data: job.data,
         bytes_zero: job.zero,
+        bytes_verified: job.verified,
         rate: view.rate,
         rate_avg: view.rate_avg,
         speed_limit: job.speed_limit,

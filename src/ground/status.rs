@@ -88,6 +88,8 @@ pub struct Snapshot {
     pub data: u64,
     /// Bytes that read as zeroes and needed no copying.
     pub zero: u64,
+    /// Bytes of the target that were read back.
+    pub verified: u64,
     /// I/O errors so far.
     pub errors: u64,
     /// Bytes a second; `None`: no limit.

@@ -93,6 +93,11 @@ pub fn open(path: &Path, access: Access, side: Side) -> Result<(File, Medium)> {
     Ok((file, medium))
 }
 
+/// Drops what the system's cache holds of `file`, which is on stable storage: what is read next comes from the medium.
+pub fn drop_cache(file: &File) -> io::Result<()> {
+    Ok(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?)
+}
+
 fn check_type(file_type: FileType) -> io::Result<()> {
     let (kind, what) = if file_type.is_file() || file_type.is_block_device() {
         return Ok(());

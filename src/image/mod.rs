@@ -1,6 +1,7 @@
 //! The two ends of a copy: one trait, and a file for each kind of end.
 
 pub mod chain;
+pub mod changed;
 pub mod clone;
 pub mod direct;
 #[cfg(test)]
@@ -15,6 +16,7 @@ pub mod medium;
 pub mod nbd;
 pub mod null;
 pub mod open;
+pub mod prefix;
 pub mod probe;
 pub mod qcow2;
 #[cfg(feature = "nbd")]

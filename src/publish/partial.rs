@@ -169,6 +169,15 @@ fn name_beside(target: &OsStr, name_max: usize) -> OsString {
     name
 }
 
+/// The name of a bad copy of `target` that was written as `partial`.
+pub fn name_of_bad(partial: &OsStr, target: &OsStr) -> OsString {
+    let name = partial.as_bytes();
+    let end = name.windows(SUFFIX.len()).rposition(|part| part == SUFFIX.as_bytes()).unwrap_or(name.len());
+    let mut bad = OsStr::from_bytes(name.get(1..end).unwrap_or(target.as_bytes())).to_owned();
+    bad.push(".drive-backup-bad");
+    bad
+}
+
 /// A hash that is the same in every version of the program: two of them must agree on the name.
 fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))

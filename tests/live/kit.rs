@@ -1,6 +1,8 @@
 //! What the tests of the whole path share: chance that can be replayed, disks that describe themselves, defaults.
 
-use drive_backup::backup::{Mode, OnCbwError, Options, OverlayPlace, SnapshotChoice, Target, WriterChoice};
+use drive_backup::backup::{
+    Mode, OnCbwError, Options, OverlayPlace, ProofOptions, Restoring, SnapshotChoice, Target, WriterChoice,
+};
 use drive_backup::ground::policy::OnError;
 use drive_backup::image::format::Format;
 use drive_backup::image::open::{SourceOptions, open_source};
@@ -100,6 +102,8 @@ pub fn options(device: &Path, target: &Path, folder: &Path) -> Options {
         target: Target::At(target.into()),
         format: Some(Format::Raw),
         mode: Mode::AbsolutePaths,
+        restoring: Restoring::default(),
+        proof: ProofOptions::default(),
         cluster_size: None,
         compression: None,
         sparse: true,

@@ -164,6 +164,7 @@ mod tests {
             total,
             data,
             zero,
+            verified: 0,
             errors: 0,
             speed_limit: None,
             overlay: None,

@@ -32,7 +32,7 @@ pub fn status(view: &View) -> String {
         Phase::Prepare => "preparing".to_owned(),
         Phase::Copy => copying(view),
         Phase::Flush => format!("flushing {} to stable storage, {clock}", Bytes(job.data)),
-        Phase::Verify => format!("verifying, {clock}"),
+        Phase::Verify => format!("verifying, {} of {}, {clock}", Bytes(job.verified), Bytes(job.total)),
         Phase::Publish => "publishing".to_owned(),
         Phase::Cancel => "cancelling".to_owned(),
     }
@@ -70,6 +70,7 @@ pub fn started(started: &Started) -> String {
         TargetKind::Remote => "reached through QEMU, in place",
         TargetKind::Export => "NBD export, in place",
         TargetKind::Stdout => "stream",
+        TargetKind::Nowhere => "",
     };
     let instant = match started.instant {
         Instant::Unchanging => "the source must not change",
@@ -80,6 +81,9 @@ pub fn started(started: &Started) -> String {
     };
     let (device, size) = (started.device.display(), Bytes(started.virtual_size));
     let (from, to) = (started.source_format, started.target_format);
+    if started.target_kind == TargetKind::Nowhere {
+        return format!("comparing '{device}' ({from}, {size}) with its manifest");
+    }
     format!("copying '{device}' ({from}, {size}) to {target} ({to}, {kind}); point in time: {instant}")
 }
 
@@ -124,6 +128,8 @@ pub struct GoodEnd<'a> {
     pub summary: &'a Summary,
     pub elapsed: Duration,
     pub rate_avg: u64,
+    /// Nothing was written.
+    pub compared: bool,
 }
 
 impl GoodEnd<'_> {
@@ -137,7 +143,11 @@ impl GoodEnd<'_> {
             1..60 => format!("{:.1} s", self.elapsed.as_secs_f64()),
             _ => Clock(self.elapsed).to_string(),
         };
-        format!("complete: {total}, {data} of it data, in {took}, {rate}; {stable}")
+        if self.compared {
+            return format!("verified: {total}, {data} of it data, in {took}, {rate}; as its manifest says");
+        }
+        let proven = if self.summary.verified == Some(true) { ", read back and compared" } else { "" };
+        format!("complete: {total}, {data} of it data, in {took}, {rate}; {stable}{proven}")
     }
 
     /// The ranges that are missing, a line each: they must be known even where success is silent.
@@ -148,6 +158,15 @@ impl GoodEnd<'_> {
         listed(&mut lines, skipped, "target range", "could not be written: it holds what it held before");
         lines
     }
+}
+
+/// The ranges of a comparison that failed, a line each, where its error can't name them all.
+pub fn differing(ranges: &[ByteRange]) -> Vec<String> {
+    let mut lines = Vec::new();
+    if ranges.len() > 1 {
+        listed(&mut lines, ranges, "range", "differs");
+    }
+    lines
 }
 
 fn listed(lines: &mut Vec<String>, ranges: &[ByteRange], what: &str, outcome: &str) {

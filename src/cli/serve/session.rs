@@ -256,6 +256,7 @@ impl Session {
                 signal,
                 message,
                 target_state: None,
+                differs: Vec::new(),
                 writer_released: None,
                 seconds_elapsed: self.began.elapsed().as_secs(),
                 dropped: Dropped::default(),

@@ -102,6 +102,9 @@ fn summary(unreadable: Vec<ByteRange>) -> Summary {
         zero: 1 << 20,
         durable: true,
         consistent: true,
+        verified: None,
+        hash: None,
+        written: None,
         unreadable,
         skipped: Vec::new(),
     }

@@ -113,6 +113,7 @@ mod tests {
             total: 4096,
             data: 1024,
             zero: 3072,
+            verified: 0,
             errors: 0,
             speed_limit: None,
             overlay: None,

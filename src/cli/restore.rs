@@ -1,0 +1,153 @@
+//! `drive-backup restore`: an image back onto a device.
+
+use super::args::{ImageFormat, Limit, NewImageMode, Policy, Progress, limit, seconds};
+use super::hooks::Hooks;
+use super::pairs;
+use super::resolve::{self, Plan, Shown, is_dash};
+use super::signs::Files;
+use super::steer::{Course, Steering};
+use crate::backup::{Mode, Options, ProofOptions, Restoring, Target};
+use crate::error::{Error, Kind, Result};
+use crate::image::format::Format;
+use crate::image::location::Location;
+use clap::builder::ArgPredicate;
+use clap::{Args, ValueHint};
+use std::path::PathBuf;
+use std::time::Duration;
+
+const RESTORE: &str = "What and where to";
+const PACE: &str = "How";
+const SIGHT: &str = "What you see";
+
+/// Write an image back to a block device, or to a file
+///
+/// The device must be at least as large as the disk in the image; of a larger one the rest stays as it is, and a warning says
+/// so. A device that is mounted, swapped to or claimed is refused. With --manifest each part of the image is compared before
+/// it is written, and the restore ends at the first that differs: exit status 7.
+#[derive(Args, Clone, Debug)]
+#[command(max_term_width = 100)]
+pub struct RestoreArgs {
+    /// The image to restore
+    #[arg(value_name = "IMAGE", required = true, help_heading = RESTORE, value_hint = ValueHint::FilePath)]
+    pub image: Option<PathBuf>,
+
+    /// The block device or file to write
+    #[arg(long, value_name = "PATH", required = true, help_heading = RESTORE, value_hint = ValueHint::FilePath)]
+    pub target: Option<PathBuf>,
+
+    /// What the image should hold, as a backup with --manifest wrote it
+    #[arg(long, value_name = "FILE", help_heading = RESTORE, value_hint = ValueHint::FilePath)]
+    pub manifest: Option<PathBuf>,
+
+    /// Read the target first, and write only what differs: onto a device, or with --mode existing
+    #[arg(long, help_heading = RESTORE)]
+    pub only_changed: bool,
+
+    /// Read the target back from its medium, and compare it with what was written; a difference is exit status 7
+    #[arg(long, conflicts_with = "no_fsync", help_heading = RESTORE)]
+    pub verify: bool,
+
+    /// The image's format; by default its content tells
+    #[arg(long, value_name = "FORMAT", help_heading = RESTORE)]
+    pub source_format: Option<ImageFormat>,
+
+    /// The target's format; by default raw, but what --mode existing finds, or what a new file's extension says
+    #[arg(long, value_name = "FORMAT", help_heading = RESTORE)]
+    pub format: Option<ImageFormat>,
+
+    /// A new image, or one that is there; a device is written in place
+    #[arg(long, value_name = "MODE", default_value = "absolute-paths", help_heading = RESTORE)]
+    pub mode: NewImageMode,
+
+    /// Do not flush the target; a success then promises nothing about a power cut
+    #[arg(long, help_heading = PACE)]
+    pub no_fsync: bool,
+
+    /// Limit in bytes a second, such as 50M; holes are not charged
+    #[arg(long, value_name = "RATE", allow_hyphen_values = true, value_parser = limit, default_value = "off", help_heading = PACE)]
+    pub speed: Limit,
+
+    /// Number of copying threads; by default one for each core
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PACE)]
+    pub workers: Option<u16>,
+
+    /// Bypass the page cache
+    #[arg(long, help_heading = PACE)]
+    pub direct: bool,
+
+    /// What a read error of the image does
+    #[arg(long, value_name = "POLICY", default_value = "report", help_heading = PACE)]
+    pub on_source_error: Policy,
+
+    /// What a write error of the target does
+    #[arg(long, value_name = "POLICY", default_value = "report", help_heading = PACE)]
+    pub on_target_error: Policy,
+
+    /// Write JSON lines to standard output
+    #[arg(long, help_heading = SIGHT)]
+    pub json: bool,
+
+    /// How progress is shown on standard error
+    #[arg(long, value_name = "STYLE", default_value = "auto", default_value_if("quiet", ArgPredicate::IsPresent, "none"),
+          help_heading = SIGHT)]
+    pub progress: Progress,
+
+    /// Time between JSON status records (1 by default) and between plain lines (30 by default)
+    #[arg(long, value_name = "SECONDS", allow_hyphen_values = true, value_parser = seconds, help_heading = SIGHT)]
+    pub progress_interval: Option<Duration>,
+
+    /// Only errors: no progress, no warnings
+    #[arg(short, long, help_heading = SIGHT)]
+    pub quiet: bool,
+
+    /// Also say what was found and done, on success too
+    #[arg(short, long, conflicts_with = "quiet", help_heading = SIGHT)]
+    pub verbose: bool,
+}
+
+/// What the engine is asked for: a backup the other way.
+pub fn plan(args: RestoreArgs) -> Result<Plan> {
+    let (image, target) = (args.image.unwrap_or_default(), args.target.unwrap_or_default());
+    if is_dash(&image) || is_dash(&target) {
+        return Err(Error::new(Kind::Usage, "restore reads and writes at any offset: - is not possible"));
+    }
+    pairs::check(std::slice::from_ref(&image), std::slice::from_ref(&target))?;
+    let mode = match args.mode {
+        NewImageMode::AbsolutePaths => Mode::AbsolutePaths,
+        NewImageMode::Existing => Mode::Existing,
+    };
+    let by_extension = target.extension().is_some_and(|extension| extension == "qcow2");
+    let format = match (args.format, mode) {
+        (Some(format), _) => Some(format.into()),
+        (None, Mode::AbsolutePaths) if !by_extension => Some(Format::Raw),
+        (None, _) => None,
+    };
+    let disk = Options {
+        source_format: args.source_format.map(Into::into),
+        format,
+        mode,
+        restoring: Restoring { onto_larger: true, only_changed: args.only_changed },
+        proof: ProofOptions { verify: args.verify, manifest: None, expected: args.manifest },
+        direct: args.direct,
+        fsync: !args.no_fsync,
+        workers: resolve::workers(args.workers),
+        on_source_error: args.on_source_error.into(),
+        on_target_error: args.on_target_error.into(),
+        ..resolve::reading(&image, Target::At(Location::parse(&target)?))?
+    };
+    let shown = Shown {
+        json: args.json,
+        progress: args.progress,
+        interval: args.progress_interval,
+        quiet: args.quiet,
+        verbose: args.verbose,
+        dry_run: false,
+    };
+    Ok(Plan {
+        disks: vec![disk],
+        steering: Steering { course: Course::Steady(args.speed.0), timeout: None },
+        hooks: Hooks::default(),
+        view: shown.view(false),
+        files: Files::default(),
+    })
+}

@@ -1,0 +1,149 @@
+use super::*;
+use proptest::prelude::*;
+use std::sync::Arc;
+
+/// Bytes that differ from place to place, with runs of zeroes.
+fn content(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut bytes = vec![0; length];
+    for piece in bytes.chunks_mut(64 << 10) {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        if state >> 62 != 0 {
+            piece.iter_mut().enumerate().for_each(|(at, byte)| *byte = (state >> (at % 7 * 8)) as u8 ^ at as u8);
+        }
+    }
+    bytes
+}
+
+/// The sum of `bytes`, added in pieces of a multiple of `unit` in an order that `seed` says; holes are not looked at.
+fn sum(bytes: &[u8], unit: usize, seed: u64, expected: Option<Arc<Digest>>) -> Found {
+    let sums = Sums::new(bytes.len() as u64, expected);
+    let mut state = seed | 1;
+    let mut next = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    let (mut pieces, mut at) = (Vec::new(), 0);
+    while at < bytes.len() {
+        let length = (unit * (1 + next(40))).min(bytes.len() - at);
+        pieces.push((at, length));
+        at += length;
+    }
+    for at in (1..pieces.len()).rev() {
+        pieces.swap(at, next(at + 1));
+    }
+    for (at, length) in pieces {
+        let piece = &bytes[at..at + length];
+        if crate::ground::zero::is_zero(piece) && next(2) == 0 {
+            sums.add_zeroes(ByteRange::new(at as u64, length as u64));
+        } else {
+            sums.add(at as u64, piece);
+        }
+    }
+    sums.finish().expect("every byte was added")
+}
+
+fn whole(found: &Found) -> blake3::Hash {
+    found.whole.or_else(|| found.digest.whole(2, &|| true)).expect("nobody said stop")
+}
+
+proptest! {
+    #![proptest_config(crate::ground::cases(10))]
+
+    #[test]
+    fn the_whole_is_blake3_of_all_bytes_whatever_the_order(
+        length in prop_oneof![0usize..5000, 0usize..(9 << 20), (1usize..3).prop_map(|blocks| blocks << 22)],
+        shift in 10u32..21,
+        seed: u64,
+    ) {
+        let bytes = content(length, seed);
+        let found = sum(&bytes, 1 << shift, seed, None);
+        prop_assert_eq!(whole(&found), blake3::hash(&bytes));
+        let again = sum(&bytes, 4096, !seed, Some(Arc::new(found.digest.clone())));
+        prop_assert_eq!(&again.digest, &found.digest);
+        prop_assert!(again.differing.is_empty());
+    }
+
+    #[test]
+    fn one_bit_anywhere_is_seen_in_its_block_and_in_the_whole(bit in 0usize..(5 << 23) + 800, seed: u64) {
+        let mut bytes = content((5 << 20) + 100, seed);
+        let before = sum(&bytes, 65536, seed, None);
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        let after = sum(&bytes, 65536, seed, Some(Arc::new(before.digest.clone())));
+        let block = (bit / 8) as u64 / BLOCK;
+        let expected = ranges(bytes.len() as u64, [block]);
+        prop_assert_eq!(before.digest.differences(&after.digest), expected);
+        prop_assert_eq!(after.differing.as_slice(), &[block][..]);
+        prop_assert_ne!(whole(&before), whole(&after));
+    }
+}
+
+#[test]
+fn the_whole_of_more_than_a_stretch_is_right() {
+    // Three blocks with data, far apart; the rest is zero.
+    let length = (1 << 30) + (5 << 20) + 17;
+    let sums = Sums::new(length, None);
+    let mut reference = blake3::Hasher::new();
+    let (mut at, mut random) = (0, 1_u64);
+    let zeroes = vec![0; 1 << 20];
+    while at < length {
+        let piece = (1 << 20).min(length - at);
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
+        if [3 << 20, 1 << 30, (1 << 30) + (4 << 20)].contains(&at) {
+            let bytes: Vec<u8> = (0..piece).map(|byte| (byte ^ random) as u8).collect();
+            sums.add(at, &bytes);
+            reference.update(&bytes);
+        } else {
+            sums.add_zeroes(ByteRange::new(at, piece));
+            reference.update(&zeroes[..piece as usize]);
+        }
+        at += piece;
+    }
+    let found = sums.finish().unwrap();
+    assert_eq!(found.digest.hashes().len(), 3);
+    assert_eq!(whole(&found), reference.finalize());
+    assert_eq!(found.digest.whole(1, &|| false), None);
+}
+
+#[test]
+fn a_hole_of_a_terabyte_is_a_step() {
+    let length = 1 << 40;
+    let sums = Sums::new(length, None);
+    assert!(sums.add_zeroes(ByteRange::new(0, length - (3 << 20))));
+    assert!(sums.add(length - (3 << 20), &[0; 1 << 20]));
+    assert!(sums.add_zeroes(ByteRange::between(length - (2 << 20), length)));
+    let digest = sums.finish().unwrap().digest;
+    assert_eq!((digest.hashes().len(), digest.blocks()), (0, 1 << 18));
+}
+
+#[test]
+fn zeroes_where_data_is_expected_are_seen() {
+    let length = 5 * BLOCK;
+    let expected = Arc::new(Digest::new(length, vec![(1, [7; 32]), (3, [8; 32])]).unwrap());
+    let sums = Sums::new(length, Some(expected.clone()));
+    assert!(!sums.add_zeroes(ByteRange::new(0, length)));
+    let found = sums.finish().unwrap();
+    assert_eq!(found.differing, [1, 3]);
+    let blocks = [ByteRange::new(BLOCK, BLOCK), ByteRange::new(3 * BLOCK, BLOCK)];
+    assert_eq!(expected.differences(&found.digest), blocks);
+    assert_eq!(found.digest.differences(&expected), blocks);
+}
+
+#[test]
+fn a_sum_with_a_gap_is_none() {
+    let sums = Sums::new(3 * BLOCK, None);
+    sums.add(0, &vec![1; BLOCK as usize]);
+    sums.add_zeroes(ByteRange::new(2 * BLOCK, BLOCK));
+    assert!(sums.finish().is_none());
+}
+
+#[test]
+fn numbers_out_of_order_or_past_the_end_are_no_digest() {
+    let hash = [1; 32];
+    assert!(Digest::new(BLOCK + 1, vec![(0, hash), (1, hash)]).is_some());
+    for hashes in [vec![(2, hash)], vec![(1, hash), (0, hash)], vec![(1, hash), (1, hash)]] {
+        assert!(Digest::new(BLOCK + 1, hashes).is_none());
+    }
+}
