@@ -440,18 +440,78 @@ fn manifests_that_are_of_others_or_hostile_end_in_one_line_and_little_memory() {
     verify(&source, &at("bad.json"), &[]).fails(2, "more than a manifest of a disk of this size");
 }
 
+/// An NBD server of a raw file of which one sector can't be read.
+fn serve_with_a_bad_sector(image: &Path, offset: u64, socket: &Path) -> Running {
+    let bad = format!("inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.sector={}", offset / 512);
+    let node = format!("driver=raw,file.driver=blkdebug,file.image.driver=file,file.image.filename={}", text(image));
+    let node = format!("{node},file.{}", bad.replace(",inject", ",file.inject"));
+    let mut server = Command::new("qemu-nbd");
+    server.args(["-r", "-t", "-e", "64", "-k", text(socket), "--image-opts", &node]);
+    let server = Running::start(&mut support::piped(server));
+    wait_for("the server's socket", || socket.exists().then_some(()));
+    server
+}
+
 #[test]
-fn an_unreadable_sector_is_a_difference_like_any_other() {
+fn an_unreadable_sector_is_a_difference_even_where_zeroes_are_expected() {
     let folder = folder();
     let source = sample(folder.path());
     let at = |name: &str| folder.path().join(name);
     let manifest = at("m.json");
-    copy(&source, &at("t.raw"), &["--manifest", text(&manifest)]).succeeds();
-    let rules = format!(r#"[{{"iotype":"read","errno":5,"sector":{},"event":"none"}}]"#, (10 * MIB) / 512);
-    std::fs::write(at("faulty"), "").unwrap();
-    let _export = support::fault::Export::faulty(&at("t.raw"), &at("faulty"), &rules);
-    let device = LoopDevice::over(&at("faulty"), &[]);
-    let ended = verify(device.path(), &manifest, &["-q", "--source-format", "raw"]);
-    assert_eq!(ended.code, 7, "{ended:?}");
-    assert!(ended.stderr.contains("differs from manifest") && ended.stderr.contains("0x800000+4194304"), "{ended:?}");
+    copy(&source, &at("t.raw"), &["--sparse=never", "--manifest", text(&manifest)]).succeeds();
+    for (offset, block) in [(10 * MIB, "0x800000"), (17 * MIB, "0x1000000")] {
+        let socket = at(&format!("socket-{offset}"));
+        let _server = serve_with_a_bad_sector(&at("t.raw"), offset, &socket);
+        let uri = format!("nbd+unix:///?socket={}", text(&socket));
+        let ended = verify(Path::new(&uri), &manifest, &["-q"]);
+        assert_eq!(ended.code, 7, "{ended:?}");
+        assert!(
+            ended.stderr.contains(&format!("differs from manifest '{}' at {block}+4194304", text(&manifest))),
+            "{ended:?}"
+        );
+    }
+}
+
+#[test]
+fn images_that_only_qemu_knows_are_proved_like_any_other() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join(name);
+    let (source, manifest) = (at("disk.raw"), at("m.json"));
+    disk(&source, 16 * MIB);
+    let expected = blake3::hash(&read(&source)).to_string();
+    for format in ["vmdk", "vdi", "vhdx", "qed"] {
+        let image = at(&format!("copy.{format}"));
+        let ended = copy(&source, &image, &["--format", format, "--verify", "--manifest", text(&manifest)]);
+        assert_eq!(ended.code, 0, "{format}: {ended:?}");
+        assert_eq!(json(&manifest)["blake3"], *expected, "{format}");
+        let verified = verify(&image, &manifest, &["-q", "--source-format", format]);
+        assert_eq!(verified.code, 0, "{format}: {verified:?}");
+        support::qemu_io(&["-f", format], &image, &["write -P 0x5a 1050000 1"]);
+        let verified = verify(&image, &manifest, &["-q", "--source-format", format]);
+        assert_eq!(verified.code, 7, "{format}: {verified:?}");
+        assert!(verified.stderr.contains("at 0x0+4194304"), "{format}: {verified:?}");
+    }
+}
+
+#[test]
+fn an_export_is_read_back_from_its_server() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join(name);
+    let (source, manifest, socket) = (at("disk.raw"), at("m.json"), at("s"));
+    disk(&source, 16 * MIB);
+    sparse_file(&at("served"), 16 * MIB);
+    let mut server = Command::new("qemu-nbd");
+    server.args(["-t", "-e", "64", "-f", "raw", "-k", text(&socket), text(&at("served"))]);
+    let _server = Running::start(&mut support::piped(server));
+    wait_for("the server's socket", || socket.exists().then_some(()));
+    let uri = format!("nbd+unix:///?socket={}", text(&socket));
+    let arguments = ["--device", text(&source), "--target", &uri, "--verify", "--manifest", text(&manifest), "--json"];
+    let ended = drive_backup(&arguments);
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert_eq!(last_record(&ended)["verified"], true);
+    verify(Path::new(&uri), &manifest, &[]).succeeds();
+    support::qemu_io(&["-f", "raw"], Path::new(&uri), &["write -P 0x5a 9000000 1"]);
+    verify(Path::new(&uri), &manifest, &[]).fails(7, "at 0x800000+4194304");
+    restore(&source, Path::new(&uri), &["--only-changed"]).succeeds();
+    verify(Path::new(&uri), &manifest, &[]).succeeds();
 }
