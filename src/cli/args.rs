@@ -532,7 +532,7 @@ mod tests {
             &["--compress", "zlib:10"],
             &["--compress", "zlib:"],
             &["--compress", "lzo"],
-            &["--format", "vmdk"],
+            &["--format", "tar"],
             &["--mode", "absolute"],
             &["--sparse=always"],
             &["--on-source-error", "retry"],

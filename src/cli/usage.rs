@@ -91,7 +91,7 @@ mod tests {
             ("--device d --target t --speed 50Mb", &["'50Mb' for '--speed", "bits", "50MB"]),
             ("--device d --target t --speed -1", &["'-1' for '--speed", "negative"]),
             ("--device d --target t --speed 1e99", &["'1e99' for '--speed", "units are"]),
-            ("--device d --target t --format vmdk", &["'vmdk' for '--format <FORMAT>'", "possible values: raw, qcow2"]),
+            ("--device d --target t --format tar", &["'tar' for '--format <FORMAT>'", "possible values: raw, qcow2"]),
             ("--device d --target t --speed 1 --speed 2", &["'--speed <RATE|auto>' cannot be used multiple times"]),
             ("--device d --target t -q -v", &["cannot be used with"]),
         ] {
