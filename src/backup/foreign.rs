@@ -77,17 +77,23 @@ pub fn remote(options: &Options, remote: &Remote, length: u64) -> Result<(Arc<Qe
     let terms = target_terms(options, foreign, name)?;
     let node = Node::Remote { place: remote, format: foreign };
     if options.mode == Mode::AbsolutePaths {
-        // QEMU would truncate what is there.
-        if Qemu::open(&Node::Remote { place: remote, format: None }, Terms { secret: None, ..terms }).is_ok() {
-            return refuse("exists; to write into it, say --mode existing");
+        // QEMU would truncate what is there: only what is certainly missing is made.
+        match Qemu::open(&Node::Remote { place: remote, format: None }, Terms { secret: None, ..terms }) {
+            Ok(_) => return refuse("exists; to write into it, say --mode existing"),
+            Err(error) if !says_missing(&error.to_string()) => return Err(error),
+            Err(_) => qemu::create(&node, length, terms.secret)?,
         }
-        qemu::create(&node, length, terms.secret)?;
     }
     let image = Qemu::open(&node, terms)?;
     if options.mode == Mode::Existing || image.length() < length {
         refuse_other_size(length, name, image.length())?;
     }
     Ok((Arc::new(image), format))
+}
+
+/// Do the words of a driver of QEMU's mean that there is nothing under that name? They are all that it tells.
+fn says_missing(error: &str) -> bool {
+    ["No such file or directory", "SFTP error: no such file", "NFS3ERR_NOENT"].iter().any(|words| error.contains(words))
 }
 
 /// What the user should know of an image whose format has sizes of its own.
@@ -108,4 +114,24 @@ fn target_terms<'a>(options: &'a Options, format: Option<Foreign>, name: &Path) 
     }
     let (direct, flushes) = (options.direct, options.fsync);
     Ok(Terms { side: Side::Target, secret, direct, flushes, shared: false, backing: true })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_certainly_missing_is_made() {
+        for (error, is_missing) in [
+            ("error reading header from disk: No such file or directory", true),
+            ("Failed to open NFS file: NFS3ERR_NOENT", true),
+            ("Could not open 'ssh://host/x': Permission denied", false),
+            ("Connection refused", false),
+            ("no valid ssh host key found", false),
+            ("Unknown protocol 'rbd'", false),
+            ("Failed to get \"write\" lock", false),
+        ] {
+            assert_eq!(says_missing(error), is_missing, "{error}");
+        }
+    }
 }
