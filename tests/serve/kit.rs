@@ -39,6 +39,15 @@ impl Served {
         served
     }
 
+    /// `device` as the file `shown`, which is made for that.
+    pub fn as_file(device: &Path) -> Self {
+        let folder = folder();
+        let mut served = Self { running: None, path: folder.path().join("shown"), folder };
+        let path = text(&served.path).to_owned();
+        served.start(&["--device", text(device), "--fuse", &path]);
+        served
+    }
+
     fn start(&mut self, arguments: &[&str]) {
         let (said, writers) = (self.join("said"), self.join("writers"));
         let mut serve = command(&[&["serve", "--writer-dir", text(&writers)], arguments].concat());
@@ -81,9 +90,23 @@ impl Served {
 
     /// Kills it by `signal`, and waits.
     pub fn end(&mut self, signal: Signal) -> Ended {
-        let running = self.running.take().unwrap();
-        running.signal(signal);
-        running.ended()
+        self.signal(signal);
+        self.ended()
+    }
+
+    /// Sends a signal to it alone.
+    pub fn signal(&self, signal: Signal) {
+        self.running.as_ref().unwrap().signal(signal);
+    }
+
+    /// Waits until it has ended.
+    pub fn ended(&mut self) -> Ended {
+        self.running.take().unwrap().ended()
+    }
+
+    /// What it has told people.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(self.join("said")).unwrap()
     }
 
     /// Is something mounted over the image?

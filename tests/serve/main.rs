@@ -2,6 +2,7 @@
 
 #![cfg(all(feature = "cli", feature = "fuse", feature = "nbd"))]
 
+mod ends;
 mod fuse;
 mod kit;
 mod proof;
