@@ -5,7 +5,7 @@ mod support;
 use nix::sys::signal::Signal;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -325,6 +325,107 @@ fn a_server_that_is_asked_to_end_answers_what_it_has_begun() {
     assert_eq!(ended.code, 0, "{ended:?}");
     assert!(!folder.path().join("socket").exists());
     assert_eq!(std::fs::read(folder.path().join("disk.raw")).unwrap()[2 << 20..][..4], *b"last");
+}
+
+/// The error and the cookie of the next simple reply, to a request without data.
+fn reply(socket: &mut UnixStream) -> (u32, u64) {
+    let mut answer = [0; 16];
+    socket.read_exact(&mut answer).unwrap();
+    (u32::from_be_bytes(answer[4..8].try_into().unwrap()), u64::from_be_bytes(answer[8..].try_into().unwrap()))
+}
+
+/// A backup of what is served that takes long, has begun, and is stopped: it saves nothing of what a write changes.
+fn stopped_backup(served: &Served) -> Running {
+    let [disk, writers, copy, partial] =
+        ["disk.raw", "writers", "copy.raw", ".copy.raw.drive-backup-partial"].map(|name| served.path(name));
+    let ends = ["--device", text(&disk), "--target", text(&copy), "--writer-dir", text(&writers), "--writer=required"];
+    let backup = Running::drive_backup(&[&ends[..], &["--snapshot", "overlay", "--speed", "64K"]].concat());
+    wait_for("what is copied after the instant", || {
+        std::fs::metadata(&partial).is_ok_and(|partial| partial.blocks() > 0).then_some(())
+    });
+    backup.signal(Signal::SIGSTOP);
+    backup
+}
+
+#[test]
+fn while_a_write_waits_for_a_backup_others_go_on_and_a_server_that_ends_answers_it() {
+    let served = Served::start(&[]);
+    let mut socket = served.begin();
+    let backup = stopped_backup(&served);
+    socket.write_all(&[request(0, 1, 1, LENGTH - 4, 4), b"last".to_vec()].concat()).unwrap();
+    // The same connection goes on meanwhile, and its neighbours.
+    for cookie in 2..5 {
+        socket.write_all(&request(0, 3, cookie, 0, 0)).unwrap();
+        assert_eq!(reply(&mut socket), (0, cookie));
+    }
+    served.serves();
+    let Served { folder, server } = served;
+    server.signal(Signal::SIGTERM);
+    wait_for("the end of listening", || (!folder.path().join("socket").exists()).then_some(()));
+    backup.signal(Signal::SIGCONT);
+    assert_eq!(reply(&mut socket), (0, 1));
+    is_hung_up_on(socket);
+    let ended = server.ended();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(std::fs::read(folder.path().join("disk.raw")).unwrap().ends_with(b"zlast"));
+}
+
+/// What libnbd, which keeps to the protocol strictly, finds. Its arguments: the URI, the length.
+const LIBNBD: &str = r#"
+import errno, nbd, sys
+uri, length, said = sys.argv[1], int(sys.argv[2]), []
+h = nbd.NBD()
+h.add_meta_context("base:allocation")
+h.set_debug(True)
+h.set_debug_callback(lambda where, what: said.append(what))
+h.connect_uri(uri)
+assert h.get_structured_replies_negotiated() and h.get_size() == length
+hole = length - (1 << 20) - 65536
+
+def read(count, offset, flags=0):
+    chunks = []
+    data = h.pread_structured(count, offset, lambda data, at, kind, e: chunks.append((at, len(data), kind)), flags)
+    return bytes(data), sorted(chunks)
+
+data, chunks = read(length, 0)
+assert data == b"a" * (1 << 20) + bytes(hole) + b"z" * 65536
+assert chunks[0][0] == 0 and all(a[0] + a[1] == b[0] for a, b in zip(chunks, chunks[1:])), chunks
+assert read(1 << 20, 2 << 20) == (bytes(1 << 20), [(2 << 20, 1 << 20, nbd.READ_HOLE)])
+assert read(4096, (1 << 20) - 1024, nbd.CMD_FLAG_DF) == (
+    b"a" * 1024 + bytes(3072), [((1 << 20) - 1024, 4096, nbd.READ_DATA)])
+
+def status(flags=0):
+    found = []
+    h.block_status(length, 0, lambda context, at, entries, e: found.extend(entries), flags)
+    return found
+
+both = nbd.STATE_HOLE | nbd.STATE_ZERO
+assert status() == [1 << 20, 0, hole, both, 65536, 0], status()
+assert status(nbd.CMD_FLAG_REQ_ONE) == [1 << 20, 0], status(nbd.CMD_FLAG_REQ_ONE)
+
+h.set_strict_mode(0)
+for call, number, why in [
+    (lambda: h.pread(512, length), errno.EINVAL, "past the end of the disk"),
+    (lambda: h.pwrite(b"x", length), errno.ENOSPC, "past the end of the disk"),
+    (lambda: h.pread(512, 0, 1 << 9), errno.EINVAL, "flags that this command does not have"),
+]:
+    said.clear()
+    try:
+        call()
+    except nbd.Error as e:
+        assert e.errnum == number, e
+    else:
+        raise AssertionError("no error")
+    assert any(why in line for line in said), said
+h.shutdown()
+print("fine")
+"#;
+
+#[test]
+fn libnbd_sees_chunks_holes_and_reasons() {
+    let served = Served::start(&[]);
+    // The Python that the bindings were made for, wherever another one is in front.
+    assert_eq!(run("/usr/bin/python3", &["-c", LIBNBD, &served.uri(), &LENGTH.to_string()]), "fine");
 }
 
 #[test]

@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 /// Being cut off takes no longer, unless the disk hangs.
 const CUT: Duration = Duration::from_millis(200);
 
+/// Clients that misbehave are told of once in so long.
+const HUSH: Duration = Duration::from_secs(10);
+
 /// All clients, and what they are offered.
 pub struct Clients {
     offer: Offer,
@@ -24,6 +27,31 @@ pub struct Clients {
     draining: Arc<AtomicBool>,
     present: Mutex<Present>,
     left: Condvar,
+    said: Mutex<Said>,
+}
+
+/// When a client was last told of, and how many were not since.
+#[derive(Default)]
+struct Said {
+    last: Option<Instant>,
+    untold: u64,
+}
+
+impl Said {
+    /// `warning`, with the number of those that were left out, unless there was one less than [`HUSH`] before `now`.
+    fn at(&mut self, now: Instant, warning: String) -> Option<String> {
+        if self.last.is_some_and(|last| now.saturating_duration_since(last) < HUSH) {
+            self.untold += 1;
+            return None;
+        }
+        self.last = Some(now);
+        match std::mem::take(&mut self.untold) {
+            0 => Some(warning),
+            untold => {
+                Some(format!("{warning}; clients that misbehaved and were not told of since the last one: {untold}"))
+            }
+        }
+    }
 }
 
 #[derive(Default)]
@@ -46,7 +74,8 @@ impl Clients {
     /// At most `most` at once.
     pub fn new(offer: Offer, bell: Bell, most: u32, notify: Notify) -> Self {
         let draining = Arc::new(AtomicBool::new(false));
-        Self { offer, bell, most: most as usize, notify, draining, present: Mutex::default(), left: Condvar::new() }
+        let (present, left, said) = (Mutex::default(), Condvar::new(), Mutex::default());
+        Self { offer, bell, most: most as usize, notify, draining, present, left, said }
     }
 
     /// Clients must use TLS.
@@ -57,6 +86,14 @@ impl Clients {
     /// Tells whoever started the server.
     pub fn notify(&self, notice: Notice) {
         (self.notify)(notice);
+    }
+
+    /// Warns of a client, unless there was a warning just now.
+    fn warn(&self, warning: String) {
+        let warning = self.said.lock().unwrap_or_else(PoisonError::into_inner).at(Instant::now(), warning);
+        if let Some(warning) = warning {
+            self.notify(Notice::Warning(warning));
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Present> {
@@ -107,9 +144,8 @@ impl Place {
             drop(present);
             if first {
                 let most = clients.most;
-                clients.notify(Notice::Warning(format!(
-                    "an NBD client was turned away: {most} are connected already (--max-connections)"
-                )));
+                clients
+                    .warn(format!("an NBD client was turned away: {most} are connected already (--max-connections)"));
             }
             return None;
         }
@@ -153,7 +189,7 @@ impl Place {
             );
             if !hung_up {
                 let why = crate::error::reason(&error);
-                self.clients.notify(Notice::Warning(format!("an NBD client was hung up on: {why}")));
+                self.clients.warn(format!("an NBD client was hung up on: {why}"));
             }
         }
     }
@@ -168,5 +204,21 @@ impl Drop for Place {
         present.sockets.retain(|(other, _)| Some(*other) != number);
         drop(present);
         self.clients.left.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_clients_that_misbehave_make_one_warning_and_then_a_count() {
+        let (mut said, begin) = (Said::default(), Instant::now());
+        let mut after = |seconds| said.at(begin + Duration::from_secs(seconds), "bad".into());
+        assert_eq!(after(0).as_deref(), Some("bad"));
+        assert!((0..10).all(|second| after(second).is_none()));
+        let later = after(10).unwrap();
+        assert!(later.starts_with("bad; ") && later.ends_with(": 10"), "{later}");
+        assert_eq!(after(20).as_deref(), Some("bad"));
     }
 }

@@ -242,7 +242,10 @@ impl<W: Wire> Connection<W> {
         let sent = self.wire.write_all(replies.bytes());
         drop(sending);
         replies.clear();
-        sent.map_err(End::Broken)
+        sent.map_err(|error| {
+            let stalled = matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut);
+            End::Broken(if stalled { io::Error::new(io::ErrorKind::TimedOut, "it takes no replies") } else { error })
+        })
     }
 
     /// Serves requests as long as this thread has the turn.

@@ -33,6 +33,8 @@ pub struct Offer {
     pub tls: Option<ServerTls>,
     /// A client must have chosen after so long.
     pub patience: Duration,
+    /// A client that takes no replies for so long is hung up on.
+    pub stall: Duration,
 }
 
 impl Offer {
@@ -76,7 +78,7 @@ pub fn negotiate<W: Wire>(wire: W, offer: &Offer) -> Result<(W, Session), End> {
             Next::Option => {}
             Next::Tls => client = client.encrypt().map_err(End::Broken)?,
             Next::Transmission(session) => {
-                client.wire.set_timeout(None).map_err(End::Broken)?;
+                client.wire.set_timeouts(None, Some(offer.stall)).map_err(End::Broken)?;
                 return Ok((client.wire, session));
             }
         }
@@ -107,7 +109,8 @@ impl<W: Wire> Client<'_, W> {
     fn receive(&self, buf: &mut [u8]) -> io::Result<()> {
         let mut filled = 0;
         while filled < buf.len() {
-            self.wire.set_timeout(Some(self.rest()?))?;
+            let rest = Some(self.rest()?);
+            self.wire.set_timeouts(rest, rest)?;
             match self.wire.read(&mut buf[filled..])? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 received => filled += received,
@@ -117,7 +120,8 @@ impl<W: Wire> Client<'_, W> {
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        self.wire.set_timeout(Some(self.rest()?))?;
+        let rest = Some(self.rest()?);
+        self.wire.set_timeouts(rest, rest)?;
         self.wire.write_all(bytes)
     }
 

@@ -35,6 +35,9 @@ use watch::Watch;
 
 /// A client must have chosen an export after so long.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A client must take some of its replies within so long: longer than any pause of a healthy one, such as a stopped
+/// process that somebody looks at.
+const STALL: Duration = Duration::from_secs(300);
 /// How long nobody is let in when the process has too many open files.
 const BREATHER: Duration = Duration::from_millis(100);
 
@@ -67,7 +70,7 @@ pub fn start(
 ) -> Result<Vec<Box<dyn FrontEnd>>> {
     let refused = |e| Error::system(Kind::Usage, "use --tls-dir", e);
     let tls = options.tls_dir.as_deref().map(|folder| ServerTls::new(folder).map_err(refused)).transpose()?;
-    let offer = Offer { disks: disks.to_vec(), tls, patience: PATIENCE };
+    let offer = Offer { disks: disks.to_vec(), tls, patience: PATIENCE, stall: STALL };
     let listeners = addresses.iter().map(|address| Listener::at(address)).collect::<Result<Vec<_>>>()?;
     let thread = |e| Error::system(Kind::Other, "start the NBD server's threads", e);
     let watch = Arc::new(Watch::start().map_err(thread)?);

@@ -16,7 +16,7 @@ use crate::nbd::stream::Stream;
 use crate::nbd::tls::ServerTls;
 use crate::serve::disk::{Disk, DiskOptions};
 use proptest::prelude::*;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -162,7 +162,7 @@ impl Wire for Tape {
         Ok(())
     }
 
-    fn set_timeout(&self, _timeout: Option<Duration>) -> io::Result<()> {
+    fn set_timeouts(&self, _: Option<Duration>, _: Option<Duration>) -> io::Result<()> {
         Ok(())
     }
 
@@ -182,7 +182,7 @@ fn feed(input: Vec<u8>, piece: usize, image: Arc<dyn Image>) -> bool {
     let tape = Tape { input: Mutex::new((input, 0)), piece, sent: sent.clone() };
     thread::spawn(move || {
         let watch = Watch::start().unwrap();
-        let offer = Offer { disks: vec![disk(image, false)], tls: None, patience: HANGS };
+        let offer = Offer { disks: vec![disk(image, false)], tls: None, patience: HANGS, stall: HANGS };
         let reached = match negotiate(tape, &offer) {
             Err(_) => false,
             Ok((tape, session)) => {
@@ -407,9 +407,29 @@ fn a_write_that_is_too_long_ends_the_connection_before_its_payload() {
 #[test]
 fn who_says_nothing_is_let_go() {
     let (_client, server) = UnixStream::pair().unwrap();
-    let offer = Offer { disks: vec![disk(Memory::new(), false)], tls: None, patience: Duration::from_millis(30) };
+    let offer =
+        Offer { disks: vec![disk(Memory::new(), false)], tls: None, patience: Duration::from_millis(30), stall: HANGS };
     let Err(End::Broken(error)) = negotiate(Stream::unix(server), &offer) else { panic!() };
     assert!(matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{error}");
+}
+
+#[test]
+fn who_takes_no_replies_is_let_go() {
+    let (mut client, server) = UnixStream::pair().unwrap();
+    let offer =
+        Offer { disks: vec![disk(Memory::new(), false)], tls: None, patience: HANGS, stall: Duration::from_millis(30) };
+    let watch = Watch::start().unwrap();
+    let (done, ended) = channel();
+    let bell = watch.bell();
+    thread::spawn(move || {
+        let (stream, session) = negotiate(Stream::unix(server), &offer).unwrap();
+        done.send(serve(stream, session, Arc::default(), bell)).unwrap();
+    });
+    let mut bytes = handshake_bytes();
+    (0..100).for_each(|cookie| bytes.extend(request(command::READ, cookie, 0, 65_536).encode()));
+    client.write_all(&bytes).unwrap();
+    let End::Broken(error) = ended.recv_timeout(HANGS).unwrap() else { panic!() };
+    assert!(error.to_string().contains("takes no replies"), "{error}");
 }
 
 #[test]

@@ -13,8 +13,8 @@ pub trait Wire: Send + Sync + Sized + 'static {
     /// Sends all of `bytes`. Blocks.
     fn write_all(&self, bytes: &[u8]) -> io::Result<()>;
 
-    /// A read or a write that waits longer fails.
-    fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+    /// A read that waits longer than `receive`, or a write in which nothing moves for longer than `send`, fails.
+    fn set_timeouts(&self, receive: Option<Duration>, send: Option<Duration>) -> io::Result<()>;
 
     /// Goes on in TLS.
     fn start_tls(self, tls: &ServerTls, timeout: Duration) -> io::Result<Self>;
@@ -37,9 +37,9 @@ impl Wire for Stream {
         self.write_all_vectored(&mut [IoSlice::new(bytes)])
     }
 
-    fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.set_read_timeout(timeout)?;
-        self.set_write_timeout(timeout)
+    fn set_timeouts(&self, receive: Option<Duration>, send: Option<Duration>) -> io::Result<()> {
+        self.set_read_timeout(receive)?;
+        self.set_write_timeout(send)
     }
 
     fn start_tls(self, tls: &ServerTls, timeout: Duration) -> io::Result<Self> {
