@@ -16,6 +16,9 @@ _drive__backup() {
             ",$1")
                 cmd="drive__backup"
                 ;;
+            drive__backup,ctl)
+                cmd="drive__backup__subcmd__ctl"
+                ;;
             drive__backup,restore)
                 cmd="drive__backup__subcmd__restore"
                 ;;
@@ -25,6 +28,24 @@ _drive__backup() {
             drive__backup,verify)
                 cmd="drive__backup__subcmd__verify"
                 ;;
+            drive__backup__subcmd__ctl,cancel)
+                cmd="drive__backup__subcmd__ctl__subcmd__cancel"
+                ;;
+            drive__backup__subcmd__ctl,pause)
+                cmd="drive__backup__subcmd__ctl__subcmd__pause"
+                ;;
+            drive__backup__subcmd__ctl,resume)
+                cmd="drive__backup__subcmd__ctl__subcmd__resume"
+                ;;
+            drive__backup__subcmd__ctl,speed)
+                cmd="drive__backup__subcmd__ctl__subcmd__speed"
+                ;;
+            drive__backup__subcmd__ctl,status)
+                cmd="drive__backup__subcmd__ctl__subcmd__status"
+                ;;
+            drive__backup__subcmd__ctl,watch)
+                cmd="drive__backup__subcmd__ctl__subcmd__watch"
+                ;;
             *)
                 ;;
         esac
@@ -32,7 +53,7 @@ _drive__backup() {
 
     case "${cmd}" in
         drive__backup)
-            opts="-q -v -h -V --device --source-format --secret --no-backing --dry-run --allow-inconsistent --target --format --target-secret --mode --cluster-size --compress --sparse --verify --manifest --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --hook-before --hook-frozen --hook-after --hook-failed --hook-timeout --on-source-error --on-target-error --json --progress --progress-interval --status-file --metrics-file --quiet --verbose --help --version serve verify restore"
+            opts="-q -v -h -V --device --source-format --secret --no-backing --dry-run --allow-inconsistent --target --format --target-secret --mode --cluster-size --compress --sparse --verify --manifest --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --hook-before --hook-frozen --hook-after --hook-failed --hook-timeout --on-source-error --on-target-error --json --progress --progress-interval --status-file --metrics-file --qmp --quiet --verbose --help --version serve verify restore ctl"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -243,6 +264,123 @@ _drive__backup() {
                     fi
                     return 0
                     ;;
+                --qmp)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        drive__subcmd__backup__subcmd__ctl)
+            opts="-h --qmp --job --writer-dir --help status speed pause resume cancel watch"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --qmp)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --job)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --writer-dir)
+                    COMPREPLY=()
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o plusdirs
+                    fi
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        drive__subcmd__backup__subcmd__ctl__subcmd__cancel)
+            opts="-h --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        drive__subcmd__backup__subcmd__ctl__subcmd__pause)
+            opts="-h --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        drive__subcmd__backup__subcmd__ctl__subcmd__resume)
+            opts="-h --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        drive__subcmd__backup__subcmd__ctl__subcmd__speed)
+            opts="-h --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        drive__subcmd__backup__subcmd__ctl__subcmd__status)
+            opts="-h --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        drive__subcmd__backup__subcmd__ctl__subcmd__watch)
+            opts="-h --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 *)
                     COMPREPLY=()
                     ;;
@@ -331,7 +469,7 @@ _drive__backup() {
             return 0
             ;;
         drive__subcmd__backup__subcmd__serve)
-            opts="-q -h --device --format --read-only --writer-dir --nbd --tls-dir --max-connections --vhost-user --fuse --json --quiet --help"
+            opts="-q -h --device --format --read-only --writer-dir --nbd --tls-dir --max-connections --vhost-user --fuse --qmp --json --quiet --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -406,6 +544,10 @@ _drive__backup() {
                     if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
                         compopt -o filenames
                     fi
+                    return 0
+                    ;;
+                --qmp)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 *)

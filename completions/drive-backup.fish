@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_drive_backup_global_optspecs
-    string join \n device= source-format= secret= no-backing dry-run allow-inconsistent target= format= target-secret= mode= cluster-size= compress= sparse= verify manifest= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-frozen= hook-after= hook-failed= hook-timeout= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= q/quiet v/verbose h/help V/version
+    string join \n device= source-format= secret= no-backing dry-run allow-inconsistent target= format= target-secret= mode= cluster-size= compress= sparse= verify manifest= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-frozen= hook-after= hook-failed= hook-timeout= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= qmp= q/quiet v/verbose h/help V/version
 end
 
 function __fish_drive_backup_needs_command
@@ -100,6 +100,7 @@ none\t'None'"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l progress-interval -d 'Time between JSON status records (1 by default) and between plain lines (30 by default)' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l status-file -d 'Keep the newest JSON record in a file, replaced as a whole; of several disks, a line for each' -r -F
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l metrics-file -d 'When the run ends, however it does, write how it went for Prometheus\'s node_exporter (FILE.prom in its folder)' -r -F
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l qmp -d 'Let QMP clients, such as qmp-shell, watch and steer the run at this socket; see docs/QMP.md' -r -F
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l no-backing -d 'Refuse a source that has a backing file'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l dry-run -d 'Open, lock and check everything, say what the backup would take, and stop before its first byte'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l allow-inconsistent -d 'Accept a source that changes while it is copied; the copy may then be torn, and the summary says so'
@@ -114,6 +115,7 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -s V -l version 
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -f -a "serve" -d 'Serve a disk to programs that know nothing of backups, so that it can be backed up while they write'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -f -a "verify" -d 'Check that an image holds what a manifest says'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -f -a "restore" -d 'Write an image back to a block device, or to a file'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -f -a "ctl" -d 'Watch and steer backups that run'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l device -d 'The disk image or block device to serve; give it again for more disks' -r -F
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l format -d 'The format of the disks; by default their content tells' -r -f -a "raw\t'The disk\'s bytes and nothing else'
 qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'
@@ -134,6 +136,7 @@ complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l tls-
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l max-connections -d 'The most NBD clients at once' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l vhost-user -d 'Serve a virtual machine as vhost-user-blk at this socket; give it once for each disk to be served so' -r -F
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l fuse -d 'Show a disk as a file: mounted over PATH, a regular file, which may be the image itself' -r -F
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l qmp -d 'Let QMP clients, such as qmp-shell, start and steer backups of the disks at this socket; see docs/QMP.md' -r -F
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l read-only -d 'Refuse every change; others may read the disks too'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l json -d 'Write JSON lines to standard output: when it is ready, what goes wrong, how it ended'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -s q -l quiet -d 'Only errors'
@@ -217,3 +220,20 @@ complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l js
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -s q -l quiet -d 'Only errors: no progress, no warnings'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -s v -l verbose -d 'Also say what was found and done, on success too'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and not __fish_seen_subcommand_from status speed pause resume cancel watch" -l qmp -d 'The socket that was given to --qmp; by default all runs and servers of this user are found' -r -F
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and not __fish_seen_subcommand_from status speed pause resume cancel watch" -l job -d 'Which job: its id, or the path of the disk that it copies; may be left out where there is one' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and not __fish_seen_subcommand_from status speed pause resume cancel watch" -l writer-dir -d 'Where runs are found: what they were given as --writer-dir' -r -f -a "(__fish_complete_directories)"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and not __fish_seen_subcommand_from status speed pause resume cancel watch" -s h -l help -d 'Print help'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and not __fish_seen_subcommand_from status speed pause resume cancel watch" -f -a "status" -d 'Show jobs: a line each'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and not __fish_seen_subcommand_from status speed pause resume cancel watch" -f -a "speed" -d 'Set the limit in bytes a second, such as 50M; 0, off and unlimited mean none'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and not __fish_seen_subcommand_from status speed pause resume cancel watch" -f -a "pause" -d 'Stand still; writers are served on'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and not __fish_seen_subcommand_from status speed pause resume cancel watch" -f -a "resume" -d 'Go on, after a pause as after an error'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and not __fish_seen_subcommand_from status speed pause resume cancel watch" -f -a "cancel" -d 'End the job, and remove what it made'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and not __fish_seen_subcommand_from status speed pause resume cancel watch" -f -a "watch" -d 'Show progress until all jobs are over'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and __fish_seen_subcommand_from status" -l json -d 'As JSON: the list that query-block-jobs returns'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and __fish_seen_subcommand_from status" -s h -l help -d 'Print help'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and __fish_seen_subcommand_from speed" -s h -l help -d 'Print help'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and __fish_seen_subcommand_from pause" -s h -l help -d 'Print help'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and __fish_seen_subcommand_from resume" -s h -l help -d 'Print help'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and __fish_seen_subcommand_from cancel" -s h -l help -d 'Print help'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand ctl; and __fish_seen_subcommand_from watch" -s h -l help -d 'Print help'

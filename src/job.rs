@@ -2,6 +2,7 @@
 //!
 //! Every wait here is on one condition variable, so that a verb (cancel, resume, a new speed) wakes the sleeper.
 
+use crate::ground::life::Status;
 use crate::ground::status::{OverlayUsage, Pause, Phase, Snapshot, WriterStats};
 use crate::ground::throttle::Throttle;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -46,9 +47,54 @@ struct Control {
     throttle: Throttle,
     gauges: Option<Arc<dyn Gauges>>,
     abandon: Vec<Box<dyn FnOnce() + Send>>,
+    completion: Completion,
+    /// Others of its transaction have to be complete first.
+    held: bool,
+    /// Somebody has to finalize it.
+    unfinalized: bool,
+    observer: Option<Observer>,
+    announced: Option<Status>,
+}
+
+/// Hears each new status once, in order. Called under the job's lock: must neither block nor ask the job anything.
+pub type Observer = Box<dyn Fn(Status) + Send>;
+
+/// How far a job is whose bytes are all on the target.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Completion {
+    Copying,
+    Waiting,
+    Pending,
+    /// The target is getting its name: too late for any verb.
+    Committed,
 }
 
 impl Control {
+    fn status(&self) -> Status {
+        match self.completion {
+            Completion::Committed => Status::Pending,
+            _ if self.is_over() => Status::Aborting,
+            Completion::Pending => Status::Pending,
+            Completion::Waiting => Status::Waiting,
+            Completion::Copying if self.phase == Phase::Prepare => Status::Created,
+            Completion::Copying if self.is_paused() => Status::Paused,
+            Completion::Copying => Status::Running,
+        }
+    }
+
+    fn is_paused(&self) -> bool {
+        self.paused_by_user || self.stopped_by_error
+    }
+
+    /// Tells the observer, if the status is a new one.
+    fn announce(&mut self) {
+        let status = self.status();
+        if let Some(observer) = self.observer.as_ref().filter(|_| self.announced != Some(status)) {
+            self.announced = Some(status);
+            observer(status);
+        }
+    }
+
     fn is_over(&self) -> bool {
         self.cancelled || self.interrupted
     }
@@ -68,6 +114,11 @@ impl Job {
                 throttle: Throttle::new(rate),
                 gauges: None,
                 abandon: Vec::new(),
+                completion: Completion::Copying,
+                held: false,
+                unfinalized: false,
+                observer: None,
+                announced: None,
             }),
             wake: Condvar::new(),
             started: Instant::now(),
@@ -92,7 +143,7 @@ impl Job {
             if control.is_over() {
                 return Gate::Cancelled;
             }
-            if control.paused_by_user || control.stopped_by_error {
+            if control.is_paused() {
                 control = self.wake.wait(control).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
@@ -115,6 +166,8 @@ impl Job {
         self.control().stopped_by_error = true;
         tell();
         let mut control = self.control();
+        // What happened has been told; now what it led to.
+        control.announce();
         while control.stopped_by_error && !control.is_over() {
             control = self.wake.wait(control).unwrap_or_else(PoisonError::into_inner);
         }
@@ -123,7 +176,9 @@ impl Job {
 
     /// Stands still at the next gate. Captures for writers go on: the instant can't pause.
     pub fn pause(&self) {
-        self.control().paused_by_user = true;
+        let mut control = self.control();
+        control.paused_by_user = true;
+        control.announce();
     }
 
     /// Goes on, after a pause as after an error.
@@ -131,6 +186,7 @@ impl Job {
         let mut control = self.control();
         control.paused_by_user = false;
         control.stopped_by_error = false;
+        control.announce();
         self.wake.notify_all();
     }
 
@@ -139,12 +195,15 @@ impl Job {
         let mut control = self.control();
         control.cancelled = true;
         control.phase = Phase::Cancel;
+        control.announce();
         self.wake.notify_all();
     }
 
     /// Ends the job at the next gate, since it failed elsewhere: whoever calls this knows why.
     pub fn interrupt(&self) {
-        self.control().interrupted = true;
+        let mut control = self.control();
+        control.interrupted = true;
+        control.announce();
         self.wake.notify_all();
     }
 
@@ -171,7 +230,70 @@ impl Job {
         let mut control = self.control();
         if !control.cancelled {
             control.phase = phase;
+            control.announce();
         }
+    }
+
+    /// Every byte is on the target: waits until the job may be published, as long as it is paused, held for its transaction,
+    /// or has to be finalized. After [`Gate::Go`] no verb is in time any more.
+    pub fn complete(&self) -> Gate {
+        let mut control = self.control();
+        for stage in [Completion::Waiting, Completion::Pending, Completion::Committed] {
+            let must_wait = |control: &Control| match stage {
+                Completion::Waiting => control.is_paused(),
+                Completion::Pending => control.held,
+                _ => control.unfinalized,
+            };
+            while must_wait(&control) && !control.is_over() {
+                control = self.wake.wait(control).unwrap_or_else(PoisonError::into_inner);
+            }
+            if control.is_over() {
+                return Gate::Cancelled;
+            }
+            control.completion = stage;
+            control.announce();
+        }
+        Gate::Go
+    }
+
+    /// It has to wait in `waiting` for [`Job::release`].
+    pub fn hold(&self) {
+        self.control().held = true;
+    }
+
+    /// The end of [`Job::hold`].
+    pub fn release(&self) {
+        self.control().held = false;
+        self.wake.notify_all();
+    }
+
+    /// It has to wait in `pending` for [`Job::finalize`].
+    pub fn require_finalize(&self) {
+        self.control().unfinalized = true;
+    }
+
+    /// The end of [`Job::require_finalize`].
+    pub fn finalize(&self) {
+        self.control().unfinalized = false;
+        self.wake.notify_all();
+    }
+
+    /// Where its life is, up to `pending` or `aborting`: that it is over only those know who started it.
+    pub fn status(&self) -> Status {
+        self.control().status()
+    }
+
+    /// Is the target getting its name?
+    pub fn is_committed(&self) -> bool {
+        self.control().completion == Completion::Committed
+    }
+
+    /// Tells `observer` of the status now and of each later one.
+    pub fn observe(&self, observer: Observer) {
+        let mut control = self.control();
+        control.observer = Some(observer);
+        control.announced = None;
+        control.announce();
     }
 
     /// The size of the disk in bytes is known.

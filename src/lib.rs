@@ -14,6 +14,7 @@
 //! | 3 | [`image`], [`manifest`], `snapshot::overlay`, [`hook`] | I/O |
 //! | 4 | [`copier`], [`scan`] | the worker loops |
 //! | 5 | [`backup`], [`publish`] | wires everything, joins everything |
+//! | 6 | `qmp` | block jobs watched and steered over a socket |
 //! | 6 | [`serve`] | disks behind NBD, vhost-user and FUSE |
 //! | 7 | `cli` | flags, terminal, exit codes |
 
@@ -39,6 +40,8 @@ pub mod monitor;
 pub mod nbd;
 #[cfg(feature = "engine")]
 pub mod publish;
+#[cfg(feature = "cli")]
+pub mod qmp;
 pub mod ring;
 #[cfg(feature = "engine")]
 pub mod scan;

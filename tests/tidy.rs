@@ -34,6 +34,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("scan", 4),
     ("publish", 4),
     ("backup", 5),
+    ("qmp", 6),
     ("serve", 6),
     ("cli", 7),
     ("main", 8),

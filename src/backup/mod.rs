@@ -20,7 +20,7 @@ pub use rehearsal::rehearse_all;
 use crate::copier::{Copier, Ends, Hashing, Losses, Rules};
 use crate::error::{Error, Kind, Result};
 use crate::ground::status::Phase;
-use crate::job::Job;
+use crate::job::{Gate, Job};
 use crate::manifest::Contents;
 use crate::monitor::{Event, Monitor, Started};
 use destination::Destination;
@@ -140,6 +140,9 @@ fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary,
             return Err(failure(destination.give_up(error, is_bad)));
         }
     };
+    if job.complete() == Gate::Cancelled {
+        return Err(failure(destination.give_up(Error::new(Kind::Cancelled, "cancelled"), false)));
+    }
     job.enter(Phase::Publish);
     let written = destination.written();
     let warnings = destination.publish(options.fsync).map_err(failure)?;

@@ -1,5 +1,7 @@
 //! The one definition of the flags: parser, help, man page and completions come from it.
 
+use super::ctl::CtlArgs;
+use super::remote;
 use super::restore::RestoreArgs;
 use super::serve::args::ServeArgs;
 use super::verify::VerifyArgs;
@@ -263,6 +265,12 @@ pub struct Args {
     #[arg(long, value_name = "FILE", help_heading = SIGHT, value_hint = ValueHint::FilePath)]
     pub metrics_file: Option<PathBuf>,
 
+    /// Let QMP clients, such as qmp-shell, watch and steer the run at this socket; see docs/QMP.md
+    ///
+    /// Without it `drive-backup ctl` finds the run all the same.
+    #[arg(long, value_name = "unix:PATH", value_parser = remote::socket, help_heading = SIGHT)]
+    pub qmp: Option<PathBuf>,
+
     /// Only errors: no progress, no warnings
     #[arg(short, long, help_heading = SIGHT)]
     pub quiet: bool,
@@ -278,6 +286,7 @@ pub enum Verb {
     Serve(Box<ServeArgs>),
     Verify(Box<VerifyArgs>),
     Restore(Box<RestoreArgs>),
+    Ctl(Box<CtlArgs>),
 }
 
 /// A format that can be asked for.

@@ -23,7 +23,7 @@ pub fn of(kind: Kind) -> (u8, &'static str) {
         Kind::Busy => (8, "busy"),
         Kind::Hook => (9, "hook"),
         Kind::Deadline => (10, "deadline"),
-        // Without a signal nobody here cancels.
+        // By a client of QMP: a signal has a code of its own.
         Kind::Cancelled => (OTHER, "cancelled"),
     }
 }

@@ -1,6 +1,7 @@
 //! Flags, terminal, exit codes.
 
 mod args;
+mod ctl;
 mod environment;
 mod exit;
 mod hooks;
@@ -10,6 +11,7 @@ pub mod manual;
 mod pairs;
 mod progress;
 mod records;
+mod remote;
 mod resolve;
 mod restore;
 mod serve;
@@ -93,6 +95,7 @@ where
     };
     let plan = match args.verb {
         Some(Verb::Serve(args)) => return serve::run(&args, usage::view(arguments)),
+        Some(Verb::Ctl(args)) => return Ok(ctl::run(&args)),
         Some(Verb::Verify(args)) => verify::plan(*args),
         Some(Verb::Restore(args)) => restore::plan(*args),
         None => resolve::plan(args),
@@ -102,7 +105,10 @@ where
         Err(error) => return refuse(arguments, error),
     };
     let speed = plan.steering.first_speed();
-    let session = Session::start(plan.view, speed, &plan.disks, Ends { files: plan.files, ..ends(plan.view) })?;
+    let mut session = Session::start(plan.view, speed, &plan.disks, Ends { files: plan.files, ..ends(plan.view) })?;
+    if let Err(error) = session.listen(&plan.disks, plan.qmp.as_deref()) {
+        return Ok(session.refuse(&error));
+    }
     match session.own_process(speed).and_then(|()| session.steer(plan.steering)) {
         Ok(()) if plan.view.dry_run => Ok(session.run(plan.disks, Hooks::default(), rehearse_all)),
         Ok(()) => Ok(session.run(plan.disks, plan.hooks, engine)),

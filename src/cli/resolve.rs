@@ -41,6 +41,8 @@ pub struct Plan {
     pub view: View,
     /// For monitors.
     pub files: Files,
+    /// Where QMP clients come in.
+    pub qmp: Option<PathBuf>,
 }
 
 /// What a run shows.
@@ -121,7 +123,7 @@ pub fn plan(args: Args) -> Result<Plan> {
     let files = Files { status: args.status_file, metrics: args.metrics_file, ..Files::default() };
     let (before, after, failed) = (args.hook_before, args.hook_after, args.hook_failed);
     let hooks = Hooks { before, after, failed, timeout: args.hook_timeout };
-    Ok(Plan { disks, steering, hooks, view, files })
+    Ok(Plan { qmp: args.qmp, disks, steering, hooks, view, files })
 }
 
 fn course(args: &Args) -> Result<Course> {

@@ -149,5 +149,6 @@ pub fn plan(args: RestoreArgs) -> Result<Plan> {
         hooks: Hooks::default(),
         view: shown.view(false),
         files: Files::default(),
+        qmp: None,
     })
 }

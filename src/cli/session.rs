@@ -5,6 +5,7 @@ use super::hooks::Hooks;
 use super::json::{self, Body, ExitError};
 use super::progress::{BadEnd, Display, GoodEnd, People, Row, Style, differing};
 use super::records::{Lines, Records};
+use super::remote::{Remote, Tee};
 use super::resolve::{View, target_name, target_word};
 use super::signals::{self, Request};
 use super::signs::{Files, Run, Signs};
@@ -20,6 +21,7 @@ use crate::monitor::TargetKind;
 use anyhow::Context;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, OnceLock};
@@ -70,6 +72,7 @@ pub struct Session {
     cancelled: Option<(Cause, Instant)>,
     /// The engine did not come back after a cancel.
     abandoned: bool,
+    remote: Option<Remote>,
 }
 
 /// What cancelled a run.
@@ -139,7 +142,15 @@ impl Session {
             watched[0].ends = refused;
         }
         let unserved = 1 + lines.map_or(0, |_| jobs.len()) + usize::from(signs.is_some());
-        Ok(Self { disks: watched, display, wake, woken, unserved, cancelled: None, abandoned: false })
+        Ok(Self { disks: watched, display, wake, woken, unserved, cancelled: None, abandoned: false, remote: None })
+    }
+
+    /// Lets clients of QMP watch and steer, at `named` if there is one.
+    pub fn listen(&mut self, disks: &[Options], named: Option<&Path>) -> Result<(), Error> {
+        let wake = self.wake.clone();
+        let quit = move || drop(wake.send(Wake::Signal(signal_hook::consts::SIGTERM)));
+        self.remote = Some(Remote::start(disks, &self.jobs(), named, quit)?);
+        Ok(())
     }
 
     /// Takes over what a process has only one of: signals, the panic hook, the keyboard.
@@ -185,14 +196,20 @@ impl Session {
     {
         let wake = self.wake.clone();
         let watched: Vec<_> = self.disks.iter().map(|disk| (Arc::clone(&disk.job), Arc::clone(&disk.watch))).collect();
+        let remote = self.remote.as_ref();
+        let entries: Vec<_> = (0..watched.len()).map(|place| remote.and_then(|remote| remote.entry(place))).collect();
+        let tell_remote = remote.map(Remote::ended);
         let work = move || {
-            let disks = options.iter().zip(&watched);
+            let tees = watched.iter().zip(entries).map(|((_, watch), remote)| Tee { own: &**watch, remote });
+            let tees: Vec<Tee<'_>> = tees.collect();
+            let disks = options.iter().zip(&watched).zip(&tees);
             let disks: Vec<Disk<'_>> =
-                disks.map(|(options, (job, watch))| Disk { options, job, monitor: &**watch }).collect();
-            // Gone only when the process is about to be.
+                disks.map(|((options, (job, _)), tee)| Disk { options, job, monitor: tee }).collect();
             let ended = |place: usize, result| {
-                let result = hooks.after(&disks[place], result);
-                drop(wake.send(Wake::Ended(place, Box::new(result))));
+                let result: Result<Summary, Failure> = hooks.after(&disks[place], result);
+                tell_remote.iter().for_each(|tell| tell(place, result.as_ref()));
+                // Gone only when the process is about to be.
+                let _ = wake.send(Wake::Ended(place, Box::new(result)));
             };
             // Nothing of what it shares is used after a panic, but for the jobs, whose locks recover.
             let _ = catch_unwind(AssertUnwindSafe(|| match hooks.before(&disks) {
@@ -272,6 +289,9 @@ impl Session {
     }
 
     fn end(&mut self) -> Ending {
+        if let Some(remote) = self.remote.take() {
+            remote.stop();
+        }
         self.wait_for_readers();
         let code = exit::of_all(self.disks.iter().filter_map(|disk| disk.code));
         let signal = match self.cancelled {

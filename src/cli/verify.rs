@@ -97,5 +97,6 @@ pub fn plan(args: VerifyArgs) -> Result<Plan> {
         hooks: Hooks::default(),
         view: shown.view(false),
         files: Files::default(),
+        qmp: None,
     })
 }

@@ -2,6 +2,7 @@
 
 pub mod bitmap;
 pub mod cluster;
+pub mod life;
 pub mod policy;
 pub mod range;
 pub mod size;

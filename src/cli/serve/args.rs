@@ -72,6 +72,12 @@ pub struct ServeArgs {
     #[arg(long, value_name = "[NAME=]PATH", help_heading = WHERE, value_hint = ValueHint::FilePath)]
     pub fuse: Vec<OsString>,
 
+    /// Let QMP clients, such as qmp-shell, start and steer backups of the disks at this socket; see docs/QMP.md
+    ///
+    /// There a disk has its NAME; one without a name has its file's, without the extension.
+    #[arg(long, value_name = "unix:PATH", value_parser = crate::cli::remote::socket, help_heading = WHERE)]
+    pub qmp: Option<PathBuf>,
+
     /// Write JSON lines to standard output: when it is ready, what goes wrong, how it ended
     #[arg(long, help_heading = SIGHT)]
     pub json: bool,

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 pub struct Plan {
     /// The disks, by different names.
     pub disks: Vec<DiskOptions>,
+    /// Where QMP clients come in.
+    pub qmp: Option<PathBuf>,
     /// NBD addresses, as given.
     pub nbd: Vec<String>,
     /// For NBD.
@@ -45,6 +47,7 @@ pub fn plan(args: &ServeArgs) -> Result<Plan> {
     };
     let places = |given: &[OsString], flag| given.iter().map(|of| place(of, flag)).collect::<Result<Vec<_>>>();
     Ok(Plan {
+        qmp: args.qmp.clone(),
         nbd: args.nbd.clone(),
         tls_dir: args.tls_dir.clone(),
         max_connections: args.max_connections,

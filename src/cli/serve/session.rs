@@ -5,12 +5,15 @@ use super::plan::Plan;
 use crate::cli::json::{Body, Dropped, ExitError, PathName, Ready, ServedDisk, Stopped, Warning};
 use crate::cli::progress::{Display, Row, Style};
 use crate::cli::records::Records;
+use crate::cli::remote::name_of;
 use crate::cli::session::Ends;
 use crate::cli::signals::{self, Request};
 use crate::cli::systemd;
 use crate::cli::{Ending, exit};
 use crate::error::{Error, Kind, Result, Side};
 use crate::job::Job;
+use crate::qmp::{Node, Server, Setup, valid_id};
+use crate::ring::folder;
 use crate::serve::disk::Disk;
 use crate::serve::{Notice, Notify};
 use anyhow::Context;
@@ -24,6 +27,11 @@ use std::time::{Duration, Instant};
 const DRAIN: Duration = Duration::from_secs(5);
 /// Who does not read has so long to get the last lines.
 const LAST_LINES_BOUND: Duration = Duration::from_secs(2);
+
+/// Backups that clients started have so long to undo what they did, and clients to read the end.
+const JOBS_BOUND: Duration = Duration::from_millis(600);
+/// Between two looks at them.
+const LOOK: Duration = Duration::from_millis(5);
 
 enum Wake {
     /// Everything is served.
@@ -42,6 +50,7 @@ enum Wake {
 struct Served {
     disks: Vec<Arc<Disk>>,
     front_ends: FrontEnds,
+    remote: Server,
 }
 
 /// What a server says, and hears.
@@ -137,9 +146,12 @@ impl Session {
     /// On a thread of its own: opening may wait, and a signal must not.
     fn open(&self, plan: Plan) -> Result<()> {
         let (wake, told) = (self.wake.clone(), self.wake.clone());
+        let quitting = self.wake.clone();
+        let quit = move || drop(quitting.send(Wake::Signal(signal_hook::consts::SIGTERM)));
         let notify: Notify = Arc::new(move |notice| drop(told.send(Wake::Notice(notice))));
         self.work("open", move || {
-            let opened = catch_unwind(AssertUnwindSafe(|| open(&plan, &notify))).unwrap_or_else(|_| Err(internal()));
+            let opened =
+                catch_unwind(AssertUnwindSafe(|| open(&plan, &notify, quit))).unwrap_or_else(|_| Err(internal()));
             let _ = wake.send(opened.map_or_else(Wake::Refused, |served| Wake::Ready(Box::new(served))));
         })
     }
@@ -283,16 +295,50 @@ fn internal() -> Error {
     Error::new(Kind::Other, "internal error")
 }
 
-fn open(plan: &Plan, notify: &Notify) -> Result<Served> {
+fn open(plan: &Plan, notify: &Notify, quit: impl Fn() + Send + Sync + 'static) -> Result<Served> {
     front_ends::check(plan)?;
     let disks: Vec<Arc<Disk>> = plan.disks.iter().map(|disk| Disk::open(disk).map(Arc::new)).collect::<Result<_>>()?;
     let front_ends = front_ends::start(plan, &disks, notify)?;
-    Ok(Served { disks, front_ends })
+    let mut remote = Server::new(remote_setup(plan, &disks, quit));
+    if let Some(path) = &plan.qmp {
+        remote.listen(path)?;
+    }
+    // Without it `ctl` needs the socket's name.
+    let _ = remote.listen_privately(plan.disks.first().and_then(|disk| disk.writer_dir.as_deref()));
+    Ok(Served { disks, front_ends, remote })
+}
+
+fn remote_setup(plan: &Plan, disks: &[Arc<Disk>], quit: impl Fn() + Send + Sync + 'static) -> Setup {
+    let mut nodes: Vec<Node> = Vec::new();
+    for disk in disks {
+        let path = disk.path().canonicalize().unwrap_or_else(|_| disk.path().to_owned());
+        let device = match valid_id(disk.name()) {
+            true => disk.name().to_owned(),
+            false => name_of(&path, |name| nodes.iter().all(|node| node.device != name)),
+        };
+        let (format, length) = (Some(disk.format()), Some(disk.length()));
+        nodes.push(Node { device, path, format, length, read_only: disk.is_read_only() });
+    }
+    let writer_dir = plan.disks.first().and_then(|disk| disk.writer_dir.clone());
+    Setup { nodes, writer_dir: Some(writer_dir.unwrap_or_else(folder::default_path)), quit: Box::new(quit) }
+}
+
+/// Ends the backups that clients started: their targets are removed, or were never begun.
+fn stop_jobs(remote: Server) {
+    let jobs = Arc::clone(remote.jobs());
+    jobs.cancel_all();
+    let bound = Instant::now() + JOBS_BOUND;
+    while jobs.is_busy() && Instant::now() < bound {
+        thread::sleep(LOOK);
+    }
+    jobs.abandon_all();
+    remote.stop("host-signal", Instant::now() + JOBS_BOUND);
 }
 
 impl Served {
     /// Lets requests end until `deadline`, then flushes. True: every request was answered.
     fn stop(self, deadline: Instant) -> Result<bool> {
+        stop_jobs(self.remote);
         // Side by side: none may use up the time of another.
         let drained = thread::scope(|scope| {
             let stop = |front_end: Box<dyn crate::serve::FrontEnd>| scope.spawn(move || front_end.stop(deadline));
