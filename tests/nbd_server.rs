@@ -344,6 +344,14 @@ fn stopped_backup(served: &Served) -> Running {
         std::fs::metadata(&partial).is_ok_and(|partial| partial.blocks() > 0).then_some(())
     });
     backup.signal(Signal::SIGSTOP);
+    // Its threads stop one after the other.
+    let is_stopped = |task: std::fs::DirEntry| {
+        std::fs::read_to_string(task.path().join("stat")).is_ok_and(|stat| stat.contains(") T "))
+    };
+    let tasks = format!("/proc/{}/task", backup.id());
+    wait_for("all its threads to stop", || {
+        std::fs::read_dir(&tasks).unwrap().map(Result::unwrap).all(is_stopped).then_some(())
+    });
     backup
 }
 
