@@ -233,8 +233,13 @@ fn a_flush_that_fails_is_a_failure() {
     command.args(["-f", "-U", text(&socket), "eval", "get_size=echo 1M", "pread=exit 1", "can_write=exit 0"]);
     command.args(["pwrite=cat >/dev/null", "can_flush=exit 3"]);
     let server = serve(command, &socket);
-    let ended = backup(text(&at("disk.raw")), &server.uri(), &[]);
-    assert!(ended.code == 0 && ended.stderr.contains("can't flush"), "{ended:?}");
+    let ended = backup(text(&at("disk.raw")), &server.uri(), &["--progress", "plain"]);
+    let (warned, told) =
+        (ended.stderr.contains("can't flush"), ended.stderr.contains("NOT flushed to stable storage"));
+    assert!(ended.code == 0 && warned && told, "{ended:?}");
+    let ended = backup(text(&at("disk.raw")), &server.uri(), &["--json"]);
+    let records = String::from_utf8_lossy(&ended.stdout).into_owned();
+    assert!(ended.code == 0 && records.contains(r#""durable":false"#), "{ended:?}");
 }
 
 /// Runs a backup at a pace that leaves time to kill its server, and kills it once bytes have moved.

@@ -47,6 +47,8 @@ pub struct Destination {
     /// Beside the copy.
     manifest: Option<Publish>,
     warnings: Vec<Warning>,
+    /// A flush reaches stable storage: no server said that it has none.
+    can_flush: bool,
     /// To be ended before it is published.
     #[cfg(feature = "nbd")]
     qemu: Option<Arc<Qemu>>,
@@ -109,6 +111,7 @@ impl Destination {
             changed: None,
             manifest: None,
             warnings: Vec::new(),
+            can_flush: true,
             #[cfg(feature = "nbd")]
             qemu: None,
             _lock: None,
@@ -145,12 +148,13 @@ impl Destination {
         let image = Nbd::open(uri, usage)?;
         let larger = fitting(options, origin.length(), name, image.length())?;
         let mut warnings: Vec<Warning> = larger.into_iter().collect();
-        if options.fsync && !image.can_flush() {
+        let can_flush = image.can_flush();
+        if options.fsync && !can_flush {
             let what = format!("the server of target '{uri}' can't flush: what a success means is its own affair");
             warnings.push(Warning::general("no_flush", what));
         }
         let path = Some(name.to_owned());
-        Ok(Self { path, warnings, ..Self::raw_disk(Arc::new(image), TargetKind::Export) })
+        Ok(Self { path, warnings, can_flush, ..Self::raw_disk(Arc::new(image), TargetKind::Export) })
     }
 
     #[cfg(feature = "nbd")]
@@ -214,6 +218,7 @@ impl Destination {
             changed: None,
             manifest: None,
             warnings,
+            can_flush: true,
             #[cfg(feature = "nbd")]
             qemu: None,
             _lock: lock,
@@ -340,6 +345,11 @@ impl Destination {
             let remover = publish.remover();
             job.on_abandon(move || drop(remover.remove()));
         }
+    }
+
+    /// Whether what [`Destination::flush`] completed is on stable storage.
+    pub fn is_durable(&self, options: &Options) -> bool {
+        options.fsync && self.can_flush
     }
 
     /// Completes the image; with `fsync` it is on stable storage afterwards.

@@ -144,7 +144,7 @@ fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary,
         return Err(failure(destination.give_up(Error::new(Kind::Cancelled, "cancelled"), false)));
     }
     job.enter(Phase::Publish);
-    let written = destination.written();
+    let (written, durable) = (destination.written(), destination.is_durable(options));
     let warnings = destination.publish(options.fsync).map_err(failure)?;
     warnings.iter().for_each(|warning| monitor.event(Event::Warning(warning)));
     let now = job.snapshot();
@@ -153,7 +153,7 @@ fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary,
         total: origin.length(),
         data: now.data,
         zero: now.zero,
-        durable: options.fsync,
+        durable,
         consistent,
         verified: (options.proof.verify || !options.target.is_somewhere()).then_some(true),
         hash: whole.map(|hash| hash.to_string()),
