@@ -234,8 +234,7 @@ fn a_flush_that_fails_is_a_failure() {
     command.args(["pwrite=cat >/dev/null", "can_flush=exit 3"]);
     let server = serve(command, &socket);
     let ended = backup(text(&at("disk.raw")), &server.uri(), &["--progress", "plain"]);
-    let (warned, told) =
-        (ended.stderr.contains("can't flush"), ended.stderr.contains("NOT flushed to stable storage"));
+    let (warned, told) = (ended.stderr.contains("can't flush"), ended.stderr.contains("NOT flushed to stable storage"));
     assert!(ended.code == 0 && warned && told, "{ended:?}");
     let ended = backup(text(&at("disk.raw")), &server.uri(), &["--json"]);
     let records = String::from_utf8_lossy(&ended.stdout).into_owned();

@@ -3,12 +3,15 @@
 use super::tls::{ClientTls, ServerTls, Session};
 use super::uri::Address;
 use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SendAncillaryBuffer, SendFlags, SocketFlags, SocketType};
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+
+/// The system's IOV_MAX.
+const MOST_PARTS: usize = 1024;
 
 /// A connected byte stream. All calls take `&self` and may block; a call of [`Stream::shutdown`] from any thread ends
 /// them. Two threads that read, or two that write, at once get in each other's way: callers keep to one of each.
@@ -162,18 +165,14 @@ impl Socket {
         }
     }
 
+    /// Never raises SIGPIPE: the library may live in a process that does not ignore it.
     pub(super) fn write(&self, buf: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Unix(socket) => (&*socket).write(buf),
-            Self::Tcp(socket) => (&*socket).write(buf),
-        }
+        Ok(rustix::net::send(self, buf, SendFlags::NOSIGNAL)?)
     }
 
     fn write_vectored(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        match self {
-            Self::Unix(socket) => (&*socket).write_vectored(parts),
-            Self::Tcp(socket) => (&*socket).write_vectored(parts),
-        }
+        let parts = &parts[..parts.len().min(MOST_PARTS)];
+        Ok(rustix::net::sendmsg(self, parts, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)?)
     }
 
     pub(super) fn set_timeout(&self, which: Timeout, timeout: Option<Duration>) -> io::Result<()> {
@@ -245,4 +244,142 @@ fn connect_tcp(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream
         }
     }
     Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nbd::uri::TlsChoice;
+    use std::path::Path;
+    use std::process::{Command, Stdio};
+    use std::thread;
+
+    const TIMEOUT: Duration = Duration::from_secs(10);
+    /// Much more than the sockets' buffers hold: who does not read while it writes stands still.
+    const BYTES: usize = 8 << 20;
+
+    fn openssl(folder: &Path, arguments: &str) {
+        let mut command = Command::new("openssl");
+        command.current_dir(folder).args(arguments.split_whitespace()).stdout(Stdio::null()).stderr(Stdio::null());
+        assert!(command.status().unwrap().success(), "{arguments}");
+    }
+
+    /// A folder with a server's certificate that its own authority signed, and with a client's.
+    fn certificates() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -batch";
+        openssl(folder.path(), &format!("req -x509 {key} -subj /CN=authority -keyout ca-key.pem -out ca-cert.pem"));
+        std::fs::write(folder.path().join("names"), "subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
+            .unwrap();
+        for who in ["server", "client"] {
+            openssl(folder.path(), &format!("req -new {key} -subj /CN={who} -keyout {who}-key.pem -out request"));
+            let signed = "-CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -extfile names";
+            openssl(folder.path(), &format!("x509 -req -in request {signed} -days 2 -out {who}-cert.pem"));
+        }
+        folder
+    }
+
+    fn choice(certificates: &Path) -> TlsChoice {
+        TlsChoice {
+            certificates: Some(certificates.to_owned()),
+            server_name: "localhost".to_owned(),
+            verify_peer: true,
+        }
+    }
+
+    /// Both ends of a connection in TLS, over a Unix socket.
+    fn tls_pair(certificates: &Path, client: &ClientTls) -> (io::Result<Stream>, io::Result<Stream>) {
+        let server = ServerTls::new(certificates).unwrap();
+        let (one, other) = UnixStream::pair().unwrap();
+        thread::scope(|scope| {
+            let serving = scope.spawn(|| Stream::unix(other).start_tls_server(&server, TIMEOUT));
+            let client = Stream::unix(one).start_tls_client(client, TIMEOUT);
+            (client, serving.join().unwrap())
+        })
+    }
+
+    fn noise(seed: u8) -> Vec<u8> {
+        let mut state = u32::from(seed) + 1;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        };
+        (0..BYTES).map(|_| next()).collect()
+    }
+
+    /// Writes and reads at once at both ends, in pieces of odd sizes and several parts.
+    fn talk(ends: [&Stream; 2]) {
+        ends.iter().for_each(|end| end.set_read_timeout(Some(TIMEOUT)).unwrap());
+        ends.iter().for_each(|end| end.set_write_timeout(Some(TIMEOUT)).unwrap());
+        thread::scope(|scope| {
+            for (seed, end) in ends.into_iter().enumerate() {
+                scope.spawn(move || {
+                    for piece in noise(seed as u8).chunks(70_001) {
+                        let (head, rest) = piece.split_at(piece.len().min(28));
+                        end.write_all_vectored(&mut [IoSlice::new(head), IoSlice::new(rest)]).unwrap();
+                    }
+                });
+                scope.spawn(move || {
+                    let (expected, mut found) = (noise(1 - seed as u8), vec![0; BYTES]);
+                    found.chunks_mut(33_333).for_each(|piece| end.read_exact(piece).unwrap());
+                    assert!(found == expected, "bytes of end {seed}");
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn one_thread_reads_while_another_writes() {
+        let (one, other) = UnixStream::pair().unwrap();
+        talk([&Stream::unix(one), &Stream::unix(other)]);
+    }
+
+    #[test]
+    fn one_thread_reads_while_another_writes_in_tls() {
+        let folder = certificates();
+        let client = ClientTls::new(&choice(folder.path())).unwrap();
+        let (client, server) = tls_pair(folder.path(), &client);
+        let (client, server) = (client.unwrap(), server.unwrap());
+        assert!(client.is_tls() && server.is_tls());
+        talk([&client, &server]);
+        // The end of one is the end of the other, also of who waits for bytes already.
+        thread::scope(|scope| {
+            let reading = scope.spawn(|| server.read(&mut [0; 1]).unwrap());
+            client.shutdown();
+            assert_eq!(reading.join().unwrap(), 0);
+        });
+        assert!(client.write_all(&[0; 1]).is_err());
+    }
+
+    #[test]
+    fn a_server_in_tls_knows_its_clients() {
+        let (folder, strangers) = (certificates(), certificates());
+        let stranger = TlsChoice { verify_peer: false, ..choice(strangers.path()) };
+        let (_client, server) = tls_pair(folder.path(), &ClientTls::new(&stranger).unwrap());
+        let why = server.expect_err("signed by another authority").to_string();
+        assert_eq!(why, "the peer's certificate is not signed by the authority of ca-cert.pem");
+        std::fs::remove_file(strangers.path().join("client-cert.pem")).unwrap();
+        let (_client, server) = tls_pair(folder.path(), &ClientTls::new(&stranger).unwrap());
+        assert_eq!(server.expect_err("anonymous").to_string(), "the peer showed no certificate");
+        // One that says nothing is not waited for, nor is one that speaks something else.
+        let server = ServerTls::new(folder.path()).unwrap();
+        let (silent, other) = UnixStream::pair().unwrap();
+        let refused = Stream::unix(other).start_tls_server(&server, Duration::from_millis(50)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::TimedOut);
+        drop(silent);
+        let (chatty, other) = UnixStream::pair().unwrap();
+        Stream::unix(chatty).write_all(b"NBDMAGIC and no TLS at all").unwrap();
+        assert!(Stream::unix(other).start_tls_server(&server, TIMEOUT).unwrap_err().to_string().starts_with("TLS: "));
+    }
+
+    #[test]
+    fn more_parts_than_one_call_takes_are_sent() {
+        let (one, other) = UnixStream::pair().unwrap();
+        let bytes: Vec<u8> = (0..3 * MOST_PARTS).map(|part| part as u8).collect();
+        let mut parts: Vec<IoSlice<'_>> = bytes.chunks(1).map(IoSlice::new).collect();
+        Stream::unix(one).write_all_vectored(&mut parts).unwrap();
+        let mut found = vec![0; bytes.len()];
+        Stream::unix(other).read_exact(&mut found).unwrap();
+        assert_eq!(found, bytes);
+    }
 }
