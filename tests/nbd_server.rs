@@ -195,7 +195,8 @@ fn fio_finds_what_it_wrote() {
     let served = Served::start(&[]);
     let uri = format!("--uri={}", served.uri());
     let job = ["--name=x", "--ioengine=nbd", "--rw=randwrite", "--bsrange=512-64k", "--iodepth=16", "--size=8M"];
-    let verify = ["--verify=crc32c", "--verify_fatal=1", "--randrepeat=0", "--output-format=terse"];
+    let verify =
+        ["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--randrepeat=0", "--output-format=terse"];
     run("fio", &[&job[..], &verify, &[&uri]].concat());
 }
 
