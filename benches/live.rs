@@ -285,17 +285,7 @@ impl Bench {
         latencies(&mut disk, strides(self.bytes, 0), BOUND);
         print("writer's library, no backup", latencies(&mut disk, strides(self.bytes, 0), BOUND));
 
-        // A target that takes 20 MiB/s, whoever writes it.
-        let (backing, slow) = (self.path("slow.raw"), self.path("slow.mount"));
-        File::create(&backing).unwrap().set_len(self.bytes).unwrap();
-        File::create(&slow).unwrap();
-        let mut daemon = Daemon::start(&self.folder, "slow");
-        daemon.add_file("plain", &backing);
-        daemon.throttle("plain");
-        daemon.run(&format!(
-            r#"{{"execute":"block-export-add","arguments":{{"type":"fuse","id":"f","node-name":"slow","mountpoint":"{}","writable":true}}}}"#,
-            slow.display()
-        ));
+        let (daemon, slow) = self.slow_target();
         let backup = self.ours(&source, &slow, &["--mode", "existing", "--format", "raw"]);
         print("… backup to 20 MiB/s, new clusters", latencies(&mut disk, strides(self.bytes, 0), BOUND));
         print("… the same clusters again", latencies(&mut disk, strides(self.bytes, 0), BOUND));
@@ -315,6 +305,42 @@ impl Bench {
             let backup = self.ours(&source, &self.path("fast.raw"), &[]);
             print("… backup to a fast target", self.until_done(backup, &mut disk));
         }
+    }
+
+    /// A target that takes 20 MiB/s, whoever writes it.
+    fn slow_target(&self) -> (Daemon, PathBuf) {
+        let (backing, slow) = (self.path("slow.raw"), self.path("slow.mount"));
+        File::create(&backing).unwrap().set_len(self.bytes).unwrap();
+        File::create(&slow).unwrap();
+        let mut daemon = Daemon::start(&self.folder, "slow");
+        daemon.add_file("plain", &backing);
+        daemon.throttle("plain");
+        daemon.run(&format!(
+            r#"{{"execute":"block-export-add","arguments":{{"type":"fuse","id":"f","node-name":"slow","mountpoint":"{}","writable":true}}}}"#,
+            slow.display()
+        ));
+        (daemon, slow)
+    }
+
+    /// A client that knows nothing of backups, of our own NBD server.
+    fn measure_served(&self) {
+        let (source, socket) = (self.disk("served.raw"), self.path("served.nbd"));
+        let mut server = Command::new(OURS);
+        server.args(["serve", "-q", "--format", "raw", "--device"]).arg(&source);
+        server.arg("--writer-dir").arg(self.path("writers")).arg("--nbd").arg(format!("unix:{}", socket.display()));
+        let _server = Owned(server.spawn().unwrap());
+        let mut disk = Nbd::connect(&socket, "");
+        latencies(&mut disk, strides(self.bytes, 0), BOUND);
+        print("our server over NBD, no backup", latencies(&mut disk, strides(self.bytes, 0), BOUND));
+        let (daemon, slow) = self.slow_target();
+        let backup = self.ours(&source, &slow, &["--mode", "existing", "--format", "raw"]);
+        print("… backup to 20 MiB/s, new clusters", latencies(&mut disk, strides(self.bytes, 0), BOUND));
+        drop(backup);
+        drop(daemon);
+        let before = latencies(&mut disk, random(self.bytes), Duration::from_secs(2));
+        print("our server over NBD, random, no backup", before);
+        let backup = self.ours(&source, &self.path("fast.raw"), &[]);
+        print("… backup to a fast target", self.until_done(backup, &mut disk));
     }
 
     fn until_done(&self, mut backup: Owned, disk: &mut dyn Disk) -> Vec<f64> {
@@ -438,6 +464,7 @@ fn main() {
     println!("{} MiB, 4 KiB writes, in {}\n", bytes / MIB, bench.folder.display());
     println!("| writer | writes | per second | median µs | p99 µs | longest µs |\n|---|---|---|---|---|---|");
     bench.measure_ours();
+    bench.measure_served();
     bench.measure_qemu("drive-backup to 20 MiB/s", &mut strides(bytes, 0), |daemon, bench| {
         bench.target(daemon);
         daemon.throttle("target");

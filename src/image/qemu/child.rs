@@ -96,16 +96,8 @@ impl Child {
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `error` of a request, or of the child if that is what ended it.
+    /// `error`, or what the child said of it if it has ended, or does so within a moment: its connections end before it.
     pub fn explain(&self, error: io::Error) -> io::Error {
-        match self.wait(Duration::ZERO) {
-            Ok(Some(status)) => io::Error::new(error.kind(), self.last_words(status)),
-            _ => error,
-        }
-    }
-
-    /// Why it did not come up, if it has said so or ended, within a moment.
-    pub fn explain_start(&self, error: io::Error) -> io::Error {
         match self.wait(SAID_TIMEOUT) {
             Ok(Some(status)) => io::Error::new(error.kind(), self.last_words(status)),
             _ => error,

@@ -69,7 +69,7 @@ impl Qemu {
         arguments.extend(image);
         let child = Child::start(&program, &arguments, terms.secret).map_err(failed)?;
         let usage = Use { side: terms.side, flushes: terms.flushes, reconnect: Duration::ZERO };
-        let nbd = Nbd::open_private(&child.address(), usage).map_err(|error| failed(child.explain_start(error)))?;
+        let nbd = Nbd::open_private(&child.address(), usage).map_err(|error| failed(child.explain(error)))?;
         Ok(Self { nbd, child, name: node.name().to_owned(), side: terms.side })
     }
 

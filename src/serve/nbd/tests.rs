@@ -331,6 +331,31 @@ fn everything_in_flight_ends_before_a_connection_does() {
 }
 
 #[test]
+fn a_connection_ends_after_the_last_of_its_threads() {
+    let memory = Memory::new();
+    let (client, ended, _watch) = served(session(disk(memory.clone(), false), false), &Arc::default());
+    let write = |cookie, offset| client.write_all(&with_payload(request(command::WRITE, cookie, offset, 512))).unwrap();
+    let answered = |cookie| assert_eq!(reply(&client), SimpleReply { error: 0, cookie });
+    // While the first thread waits in a write, a second one takes over and keeps the turn.
+    memory.set_shut(true);
+    write(1, 0);
+    write(2, 512);
+    answered(2);
+    memory.set_shut(false);
+    answered(1);
+    // So it is that one's write which the end, heard by another, has to wait for.
+    memory.set_shut(true);
+    write(3, 0);
+    write(4, 512);
+    answered(4);
+    client.write_all(&request(command::DISC, 5, 0, 0).encode()).unwrap();
+    assert!(ended.recv_timeout(Duration::from_millis(50)).is_err());
+    memory.set_shut(false);
+    answered(3);
+    assert!(matches!(ended.recv_timeout(HANGS).unwrap(), End::Bye));
+}
+
+#[test]
 fn a_client_that_vanishes_leaves_what_it_had_sent() {
     let memory = Memory::new();
     memory.set_shut(true);
