@@ -80,7 +80,7 @@ pub fn remote(options: &Options, remote: &Remote, length: u64) -> Result<(Arc<Qe
         // QEMU would truncate what is there: only what is certainly missing is made.
         match Qemu::open(&Node::Remote { place: remote, format: None }, Terms { secret: None, ..terms }) {
             Ok(_) => return refuse("exists; to write into it, say --mode existing"),
-            Err(error) if !says_missing(&error.to_string()) => return Err(error),
+            Err(error) if !is_missing(&error, name) => return Err(error),
             Err(_) => qemu::create(&node, length, terms.secret)?,
         }
     }
@@ -89,6 +89,12 @@ pub fn remote(options: &Options, remote: &Remote, length: u64) -> Result<(Arc<Qe
         refuse_other_size(length, name, image.length())?;
     }
     Ok((Arc::new(image), format))
+}
+
+/// The driver says so, and not the system of something here, such as a folder for temporary files.
+fn is_missing(error: &Error, name: &Path) -> bool {
+    let said = error.to_string().replace(&name.display().to_string(), "");
+    error.io_kind() != Some(std::io::ErrorKind::NotFound) && says_missing(&said)
 }
 
 /// Do the words of a driver of QEMU's mean that there is nothing under that name? They are all that it tells.
@@ -133,5 +139,10 @@ mod tests {
         ] {
             assert_eq!(says_missing(error), is_missing, "{error}");
         }
+        let place = Path::new("ssh://host/No such file or directory");
+        let of = |error| is_missing(&Error::file(Side::Target, "open", place, error), place);
+        assert!(of(std::io::Error::other("SFTP error: no such file")));
+        assert!(!of(std::io::Error::other("Connection refused")), "its name is not what is said of it");
+        assert!(!of(std::io::Error::from_raw_os_error(2)), "no temporary folder here");
     }
 }
