@@ -319,6 +319,68 @@ fn a_server_that_comes_back_is_gone_on_with() {
         .fails(5, "the connection was lost after writes that no flush covers");
 }
 
+/// A server that stands still as soon as it is told to: what it has begun it ends, nothing else.
+fn nbdkit_with_pause(folder: &Path, name: &str, arguments: &str) -> (Server, impl FnOnce() + use<>) {
+    let control = folder.join(format!("{name}.control"));
+    let pause = format!("--filter=pause {arguments} pause-control={}", control.display());
+    let server = nbdkit(folder, name, &pause);
+    let stop = move || {
+        use std::io::{Read, Write};
+        let mut control = std::os::unix::net::UnixStream::connect(control).unwrap();
+        control.write_all(b"p").unwrap();
+        let mut answer = [0];
+        control.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"P");
+    };
+    (server, stop)
+}
+
+/// Starts a copy, calls `stop` once bytes have moved, and interrupts it when it has stalled: it must end within a second.
+fn interrupted_when_stalled(device: &str, target: &str, moved: impl Fn() -> bool, stop: impl FnOnce()) {
+    use std::io::{BufRead, BufReader, Read};
+    let options = ["--speed", "8M", "--reconnect-delay", "60", "--json", "--progress-interval", "0.1"];
+    let mut running = Running::drive_backup(&[&["--device", device, "--target", target][..], &options].concat());
+    wait_for("bytes that moved", || moved().then_some(()));
+    stop();
+    let mut records = BufReader::new(running.child().stdout.take().unwrap());
+    let has_stalled =
+        |line: &String| line.contains(r#""seconds_stalled":"#) && !line.contains(r#""seconds_stalled":0"#);
+    records.by_ref().lines().map(Result::unwrap).find(has_stalled).expect("it stalls");
+    let began = std::time::Instant::now();
+    running.signal(nix::sys::signal::Signal::SIGINT);
+    let ended = running.ended();
+    assert_eq!(ended.code, 130, "{ended:?}");
+    assert!(began.elapsed() < std::time::Duration::from_secs(1), "{:?}", began.elapsed());
+}
+
+#[test]
+fn an_interrupt_ends_the_wait_for_a_server_that_stands_still_or_is_gone() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("disk.raw"), bytes::noise(1, 32 * MIB as usize)).unwrap();
+    let (disk, target, partial) = (at("disk.raw"), at("target.raw"), at(".copy.drive-backup-partial"));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (server, stop) = nbdkit_with_pause(folder.path(), "s", "-r file disk.raw");
+            let moved = || partial.exists() && allocated(&partial) > MIB;
+            interrupted_when_stalled(&server.uri(), text(&at("copy")), moved, stop);
+            assert!(!partial.exists() && !at("copy").exists());
+        });
+        scope.spawn(|| {
+            sparse_file(&target, 32 * MIB);
+            let (server, stop) = nbdkit_with_pause(folder.path(), "t", "file target.raw");
+            interrupted_when_stalled(text(&disk), &server.uri(), || allocated(&target) > MIB, stop);
+        });
+        scope.spawn(|| {
+            let lost = at("lost.raw");
+            sparse_file(&lost, 32 * MIB);
+            let server = nbdkit(folder.path(), "u", "file lost.raw");
+            let uri = server.uri();
+            interrupted_when_stalled(text(&disk), &uri, || allocated(&lost) > MIB, || drop(server));
+        });
+    });
+}
+
 #[test]
 fn a_slow_server_is_waited_for() {
     let folder = folder();

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicUsize;
+use std::sync::mpsc;
 use std::time::Instant;
 
 const LENGTH: u64 = 8 << 20;
@@ -360,6 +361,55 @@ fn a_target_that_is_not_flushed_does_not_survive_a_restart() {
     nbd.write_at(&[1; 4096], 0).unwrap();
     let error = nbd.write_at(&[1; 4096], 4096).unwrap_err().to_string();
     assert!(error.contains("after writes that no flush covers"), "{error}");
+}
+
+/// Each connection takes what it gets; a flush is told of and answered once `let_go` says so.
+fn slow_to_flush(begun: mpsc::Sender<()>, let_go: mpsc::Receiver<()>) -> impl Fn(usize, Peer) + Send + Sync {
+    let ends = Mutex::new((begun, let_go));
+    move |_, mut peer| {
+        peer.shake_hands(FLAGS | transmission::CAN_MULTI_CONN);
+        while let Some((request, _)) = peer.request() {
+            match request.command {
+                command::FLUSH => {
+                    let ends = ends.lock().unwrap();
+                    let _ = ends.0.send(());
+                    let _ = ends.1.recv();
+                }
+                command::BLOCK_STATUS => {
+                    peer.chunk(request.cookie, chunk::BLOCK_STATUS, chunk::DONE, b"\0\0\0\x07\0\x80\0\0\0\0\0\0");
+                    continue;
+                }
+                _ => {}
+            }
+            peer.simple(request.cookie, 0);
+        }
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_slow_flush_while_there_is_room() {
+    const BOUND: Duration = Duration::from_secs(20);
+    let ((begun, flushes), (let_go, held)) = (mpsc::channel(), mpsc::channel());
+    let terms = Terms { reconnect: BOUND, patience: BOUND, ..terms() };
+    let nbd = client_with(terms, Side::Target, slow_to_flush(begun, held)).unwrap();
+    let bytes = vec![1; 4 << 20];
+    let fill = || (0..unflushed::WINDOW / bytes.len() as u64).for_each(|_| nbd.write_at(&bytes, 0).unwrap());
+    std::thread::scope(|scope| {
+        let filling = scope.spawn(fill);
+        flushes.recv_timeout(BOUND).expect("a full window begins a flush");
+        // On another connection, which the flush is not on; the window's second half ends before it is full.
+        (1..unflushed::WINDOW / bytes.len() as u64).for_each(|_| nbd.write_at(&bytes, 4 << 20).unwrap());
+        assert!(!filling.is_finished(), "who began the flush waits for it");
+        // One more is too much to keep, and waits.
+        let waiting = scope.spawn(|| nbd.write_at(&bytes, 0).unwrap());
+        assert!(flushes.try_recv().is_err());
+        let_go.send(()).unwrap();
+        filling.join().unwrap();
+        let_go.send(()).unwrap();
+        waiting.join().unwrap();
+    });
+    drop(let_go);
+    nbd.flush().unwrap();
 }
 
 proptest! {

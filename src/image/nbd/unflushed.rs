@@ -59,9 +59,9 @@ impl Unflushed {
         }
     }
 
-    /// Time to flush?
+    /// Time to flush? While a flush is under way there is room for as much again, so that nobody waits for a slow one.
     pub fn is_full(&self) -> bool {
-        self.cost >= WINDOW && self.covered == 0
+        self.cost >= if self.covered == 0 { WINDOW } else { 2 * WINDOW }
     }
 
     /// A flush begins: it covers what is here now.
@@ -128,6 +128,11 @@ mod tests {
         assert!(unflushed.is_full());
         unflushed.begin_flush();
         assert!(!unflushed.is_full());
+        unflushed.add(Some(change(0, WINDOW as usize)));
+        assert!(unflushed.is_full(), "what is kept is bounded, however slow the flush");
+        unflushed.end_flush(true);
+        assert!(unflushed.is_full(), "the next flush is due");
+        unflushed.begin_flush();
         unflushed.end_flush(true);
         assert_eq!(unflushed.cost, 0);
     }
