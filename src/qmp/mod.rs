@@ -5,7 +5,7 @@
 //!        ◀── queue ◀── replies, events ◀──status── Job, engine
 //! ```
 //!
-//! Nothing here can hold a copy or a writer: who works only pushes into bounded queues ([`hub`]), and each client has its own.
+//! Nothing here can hold a copy or a writer: who works only pushes into bounded queues (`hub`), and each client has its own.
 
 mod arguments;
 mod client;
