@@ -49,5 +49,7 @@ pub mod scan;
 pub mod serve;
 pub mod snapshot;
 mod sync;
+#[cfg(feature = "serve")]
+pub mod unix_socket;
 #[cfg(not(any(loom, shuttle)))]
 pub mod writer;

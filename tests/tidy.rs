@@ -29,6 +29,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("manifest", 3),
     ("ring", 3),
     ("ring::server", 4),
+    ("unix_socket", 4),
     ("writer", 4),
     ("copier", 4),
     ("scan", 4),

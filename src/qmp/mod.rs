@@ -16,7 +16,6 @@ mod jobs;
 pub mod peer;
 mod schema;
 mod server;
-mod socket;
 mod start;
 mod wire;
 

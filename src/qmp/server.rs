@@ -2,11 +2,11 @@
 
 use super::hub::Hub;
 use super::jobs::Jobs;
-use super::socket::{self, Bound};
 use super::{client, wire};
 use crate::error::{Error, Kind, Result};
 use crate::image::format::Format;
 use crate::ring::folder::{self, Folder};
+use crate::unix_socket::{self, Bound};
 use serde_json::{Value, json};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -124,10 +124,13 @@ impl Server {
     pub fn listen_privately(&mut self, writer_dir: Option<&Path>) -> Result<()> {
         let path = writer_dir.map_or_else(folder::default_path, Path::to_owned);
         Folder::open(&path).map_err(|e| Error::system(Kind::Other, format!("use folder '{}'", path.display()), e))?;
-        private_sockets(&path).into_iter().filter(|path| !socket::is_live(path)).for_each(|path| {
-            // Somebody else may have removed it.
-            let _ = std::fs::remove_file(path);
-        });
+        private_sockets(&path)
+            .into_iter()
+            .filter(|path| unix_socket::is_live(path).is_ok_and(|is_live| !is_live))
+            .for_each(|path| {
+                // Somebody else may have removed it.
+                let _ = std::fs::remove_file(path);
+            });
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Relaxed);
         self.listen(&path.join(format!("{PRIVATE_PREFIX}{}-{number}", std::process::id())))
@@ -140,7 +143,7 @@ impl Server {
         for bound in &self.bound {
             // Wakes the thread that accepts.
             bound.remove();
-            let _ = rustix::net::shutdown(&bound.listener, rustix::net::Shutdown::Both);
+            let _ = rustix::net::shutdown(bound.listener(), rustix::net::Shutdown::Both);
         }
         self.shared.hub.close();
         while !self.shared.hub.is_empty() && Instant::now() < deadline {
@@ -161,7 +164,7 @@ pub(super) fn private_sockets(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn accept(bound: &Bound, shared: &Arc<Shared>) {
-    while let Ok((stream, _)) = bound.listener.accept() {
+    while let Ok((stream, _)) = bound.listener().accept() {
         if shared.stopping.load(Relaxed) {
             return;
         }

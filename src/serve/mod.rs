@@ -12,7 +12,7 @@
 //! its options, and a [`Notify`], and returns a [`FrontEnd`] once it can be reached.
 //!
 //! - **Start.** Whatever can be refused is refused by `start`: [`crate::error::Kind::Usage`] for an address that makes no
-//!   sense, `Busy` for one that somebody else serves, else `Other`. Unix sockets are made by [`socket::Bound`]: what a dead
+//!   sense, `Busy` for one that somebody else serves, else `Other`. Unix sockets are made by [`crate::unix_socket::Bound`]: what a dead
 //!   server left is replaced. The front-end runs on threads of its own; nothing blocks the caller.
 //! - **Requests.** They go to the [`disk::Disk`] from as many threads as wanted. Its errors are errnos for the client, never
 //!   a reason to end. FUA is the write and a flush after it. A client that breaks the protocol, or is gone, costs its own
@@ -28,7 +28,6 @@ pub mod disk;
 pub mod fuse;
 #[cfg(feature = "nbd")]
 pub mod nbd;
-pub mod socket;
 #[cfg(feature = "vhost-user")]
 pub mod vhost_user;
 

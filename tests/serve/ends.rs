@@ -36,9 +36,11 @@ fn stopped_backup(served: &Served) -> Running {
 /// Ends a server, by `end`, while a write waits for a backup that does not go on; the write's error is checked.
 fn end_with_a_write_that_waits(served: &mut Served, end: impl FnOnce(&mut Served) -> Ended) -> Ended {
     let (_backup, fusectl) = (stopped_backup(served), Mount::fusectl());
-    let path = served.path().to_owned();
-    let writer = thread::spawn(move || write(&path, 2, 7 * MIB));
+    let file = OpenOptions::new().write(true).open(served.path()).unwrap();
+    let writer = thread::spawn(move || file.write_all_at(&[2; 65536], 7 * MIB));
     wait_for("a write that waits", || (served.waiting(fusectl.path()) > 0).then_some(()));
+    // Requests are taken in their order: after this one is answered, the write is no longer on its way to the server.
+    assert_eq!(byte_at(served.path(), MIB), 1);
     let ended = end(served);
     let error = writer.join().unwrap().expect_err("nobody has carried it out");
     assert!(matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::ENOTCONN)), "{error}");

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::nbd::stream::Stream;
-use crate::serve::socket::Bound;
+use crate::unix_socket::Bound;
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use rustix::net::sockopt;
 use std::io;

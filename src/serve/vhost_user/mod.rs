@@ -20,9 +20,9 @@ mod transfer;
 mod vring;
 
 use super::disk::Disk;
-use super::socket::Bound;
 use super::{FrontEnd, Notice, Notify};
 use crate::error::{Error, Kind, Result};
+use crate::unix_socket::Bound;
 use device::Device;
 use queue::Service;
 use request::Memory;

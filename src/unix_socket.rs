@@ -3,10 +3,11 @@
 use crate::error::{Error, Kind, Result};
 use crate::image::medium::Identity;
 use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 /// Clients that wait to be let in.
@@ -44,6 +45,15 @@ impl Bound {
         &self.listener
     }
 
+    /// Its name goes, if it is still ours; whoever is connected stays so.
+    pub fn remove(&self) {
+        let is_ours = |found: std::fs::Metadata| Identity::of(&found) == self.identity;
+        if std::fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
+            // At worst it stays, and the next server replaces it.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
     /// Its name.
     pub fn path(&self) -> &Path {
         &self.path
@@ -52,11 +62,19 @@ impl Bound {
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        let is_ours = |found: std::fs::Metadata| Identity::of(&found) == self.identity;
-        if std::fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
-            // At worst it stays, and the next server replaces it.
-            let _ = std::fs::remove_file(&self.path);
-        }
+        self.remove();
+    }
+}
+
+/// Does a server that lives listen there? Does not wait for one that stands still: its queue may be full.
+pub fn is_live(path: &Path) -> io::Result<bool> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, &address) {
+        Ok(()) | Err(Errno::AGAIN) => Ok(true),
+        Err(Errno::CONNREFUSED) => Ok(false),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -77,7 +95,7 @@ fn lock_folder(path: &Path) -> io::Result<std::os::fd::OwnedFd> {
     let folder = rustix::fs::open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     match rustix::fs::flock(&folder, FlockOperation::LockExclusive) {
         // A file system without locks: then it is as good as can be.
-        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOLCK | rustix::io::Errno::NOSYS) => Ok(folder),
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOLCK | Errno::NOSYS) => Ok(folder),
         Err(e) => Err(e.into()),
     }
 }
@@ -91,20 +109,17 @@ fn remove_stale(path: &Path, failed: impl Fn(io::Error) -> Error) -> Result<()> 
     if !found.file_type().is_socket() {
         return Err(Error::new(Kind::Usage, format!("listen at '{}': it exists, and is no socket", path.display())));
     }
-    match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed),
-        // It listens, or its queue is full.
-        Ok(_) => Err(Error::new(Kind::Busy, format!("another server listens at '{}'", path.display()))),
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-            Err(Error::new(Kind::Busy, format!("another server listens at '{}'", path.display())))
-        }
-        Err(e) => Err(failed(e)),
+    if is_live(path).map_err(&failed)? {
+        return Err(Error::new(Kind::Busy, format!("another server listens at '{}'", path.display())));
     }
+    std::fs::remove_file(path).map_err(failed)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn a_dead_servers_socket_is_replaced_and_a_live_ones_is_not() {
@@ -113,12 +128,24 @@ mod tests {
         // Closed without being removed, as by a kill.
         drop(UnixListener::bind(&path).unwrap());
         let bound = Bound::at(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         UnixStream::connect(&path).unwrap();
         let error = Bound::at(&path).unwrap_err();
         let expected = format!("another server listens at '{}'", path.display());
         assert_eq!((error.kind(), error.to_string()), (Kind::Busy, expected));
         drop(bound);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_server_that_stands_still_with_a_full_queue_is_live_and_holds_nobody_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let _never_accepts = Bound::at(&path).unwrap();
+        for _ in 0..2 * BACKLOG {
+            assert!(is_live(&path).unwrap());
+        }
+        assert_eq!(Bound::at(&path).unwrap_err().kind(), Kind::Busy);
     }
 
     #[test]
