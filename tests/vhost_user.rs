@@ -127,7 +127,7 @@ fn a_write_that_waits_for_a_backup_keeps_nobody_waiting() {
     let served = Served::start();
     let mut frontend = served.connect(1);
     let backup = served.stopped_backup();
-    // More than there are helpers for would wait with them.
+    // No more than the pool has threads.
     for slot in 0..8 {
         frontend.submit(0, slot, OUT, LAST - 8 * u64::from(slot), 4096, true);
     }

@@ -1,7 +1,7 @@
 //! The device that one frontend sees, from its connection to its end.
 
 use super::config::{self, QUEUE_SIZE, WRITEBACK};
-use super::helpers::Helpers;
+use super::pool::Pool;
 use super::queue::{Errand, Service};
 use super::vring::{SharedMemory, Vring};
 use std::io;
@@ -16,7 +16,7 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 /// See the module.
 pub struct Device {
     service: Arc<Service>,
-    helpers: Helpers<Errand>,
+    pool: Pool<Errand>,
     memory: SharedMemory,
     queues: u16,
     /// Which the daemon does not close.
@@ -27,8 +27,8 @@ impl Device {
     /// With the guest's memory, empty before the frontend tells of it.
     pub fn new(service: Arc<Service>, queues: u16, memory: SharedMemory) -> Self {
         let theirs = service.clone();
-        let helpers = Helpers::new(move |errand| theirs.errand(errand));
-        Self { service, helpers, memory, queues, exits: Mutex::default() }
+        let pool = Pool::new(move |errand| theirs.errand(errand));
+        Self { service, pool, memory, queues, exits: Mutex::default() }
     }
 }
 
@@ -111,7 +111,7 @@ impl VhostUserBackend for Device {
 
     fn handle_event(&self, event: u16, _events: EventSet, vrings: &[Vring], thread: usize) -> io::Result<()> {
         if let Some(vring) = vrings.get(usize::from(event)) {
-            self.service.drain(thread, vring, &self.memory, &self.helpers);
+            self.service.drain(thread, vring, &self.memory, &self.pool);
         }
         Ok(())
     }

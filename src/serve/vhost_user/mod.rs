@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! guest ──queue──▶ queue (its thread) ──▶ request ──▶ perform ──▶ Disk
-//!                        └── helpers ──────▲
+//!                        └──── pool ───────▲
 //! ```
 //!
 //! One frontend at a time; the next one waits until it has gone. Requests that are in flight when it goes end first. Its
@@ -12,8 +12,8 @@
 
 mod config;
 mod device;
-mod helpers;
 mod perform;
+mod pool;
 mod queue;
 mod request;
 mod transfer;

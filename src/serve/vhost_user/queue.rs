@@ -1,16 +1,16 @@
-//! A queue's life: requests are taken by the queue's own thread, done there or by a helper, and answered in any order.
+//! A queue's life: requests are taken by the queue's own thread, done there or by a thread of the pool, and answered in any order.
 //!
 //! # Who does a request
 //!
 //! The queue's thread, as long as that costs less than waking somebody: no hand-over, no lock that is contended. It must not
-//! wait, though, for then nobody takes what comes next. So a helper gets
+//! wait, though, for then nobody takes what comes next. So the pool gets
 //!
 //! - what would wait for a backup just now: a write that is to be saved first, every write during a freeze;
 //! - where requests have been slow of late, more than copying takes, each that has others beside it.
 
 use super::config;
-use super::helpers::Helpers;
 use super::perform::{changes, perform};
+use super::pool::Pool;
 use super::request::{Malformed, Memory, Request};
 use super::vring::{SharedMemory, Vring};
 use crate::serve::disk::Disk;
@@ -91,7 +91,7 @@ impl Lane {
     }
 
     /// Slow, with others beside it, or as if there might soon be.
-    fn is_worth_a_helper(&self, more: bool, others: bool) -> bool {
+    fn is_worth_the_pool(&self, more: bool, others: bool) -> bool {
         if !self.is_slow() {
             return false;
         }
@@ -138,7 +138,7 @@ impl Service {
     }
 
     /// Takes what is in a queue, until there is nothing more. For the queue's own thread.
-    pub fn drain(&self, lane: usize, vring: &Vring, memory: &SharedMemory, helpers: &Helpers<Errand>) {
+    pub fn drain(&self, lane: usize, vring: &Vring, memory: &SharedMemory, pool: &Pool<Errand>) {
         loop {
             if vring.disable_notification().is_err() {
                 return;
@@ -147,7 +147,7 @@ impl Service {
             let mut untold = 0;
             let is_closed = loop {
                 match self.take(lane, vring, &memory) {
-                    Ok(Some(taken)) => self.dispatch(lane, vring, taken, &memory, helpers, &mut untold),
+                    Ok(Some(taken)) => self.dispatch(lane, vring, taken, &memory, pool, &mut untold),
                     Ok(None) => break false,
                     Err(Closed) => break true,
                 }
@@ -186,7 +186,7 @@ impl Service {
         vring: &Vring,
         taken: Taken,
         memory: &Arc<Memory>,
-        helpers: &Helpers<Errand>,
+        pool: &Pool<Errand>,
         untold: &mut u32,
     ) {
         let Taken { head, request, more, size } = taken;
@@ -199,8 +199,8 @@ impl Service {
             tell_of(untold, vring);
         }
         // A guest that has more in flight than its queue holds reuses descriptors: it waits for itself.
-        if (waits || mine.is_worth_a_helper(more, others > 1)) && others <= u32::from(size) {
-            errand = match helpers.give(errand) {
+        if (waits || mine.is_worth_the_pool(more, others > 1)) && others <= u32::from(size) {
+            errand = match pool.give(errand) {
                 Ok(()) => return,
                 Err(errand) => errand,
             };

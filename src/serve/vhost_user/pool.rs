@@ -1,4 +1,4 @@
-//! Threads for what a queue's own thread should not wait for. Made when they are wanted, kept until the end.
+//! A pool of threads for what a queue's own thread should not wait for. Made when they are wanted, kept until the end.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 const MOST: usize = 32;
 
 /// See the module. Dropped, it waits until all jobs are done.
-pub struct Helpers<J> {
+pub struct Pool<J> {
     shared: Arc<Shared<J>>,
     run: Arc<dyn Fn(J) + Send + Sync>,
 }
@@ -31,7 +31,7 @@ impl<J> Shared<J> {
     }
 }
 
-impl<J: Send + 'static> Helpers<J> {
+impl<J: Send + 'static> Pool<J> {
     /// No thread yet. `run` does a job.
     pub fn new(run: impl Fn(J) + Send + Sync + 'static) -> Self {
         let state = State { jobs: VecDeque::new(), idle: 0, threads: Vec::new(), closing: false };
@@ -43,8 +43,8 @@ impl<J: Send + 'static> Helpers<J> {
         let mut state = self.shared.lock();
         if state.idle <= state.jobs.len() && state.threads.len() < MOST {
             let (shared, run) = (self.shared.clone(), self.run.clone());
-            let helper = std::thread::Builder::new().name("vhost-user helper".into());
-            match helper.spawn(move || shared.serve(&*run)) {
+            let builder = std::thread::Builder::new().name("vhost-user pool".into());
+            match builder.spawn(move || shared.serve(&*run)) {
                 Ok(thread) => state.threads.push(thread),
                 Err(_) if state.threads.is_empty() => return Err(job),
                 // Then it has to wait for one that is there.
@@ -77,7 +77,7 @@ impl<J> Shared<J> {
     }
 }
 
-impl<J> Drop for Helpers<J> {
+impl<J> Drop for Pool<J> {
     fn drop(&mut self) {
         let threads = {
             let mut state = self.shared.lock();
@@ -101,18 +101,18 @@ mod tests {
     #[test]
     fn a_job_that_waits_keeps_no_other_waiting_and_the_end_waits_for_all() {
         let (tell, told) = mpsc::channel();
-        let helpers = Helpers::new(move |(wait, number): (Option<mpsc::Receiver<()>>, u32)| {
+        let pool = Pool::new(move |(wait, number): (Option<mpsc::Receiver<()>>, u32)| {
             if let Some(wait) = wait {
                 wait.recv().unwrap();
             }
             tell.send(number).unwrap();
         });
         let (release, wait) = mpsc::channel();
-        helpers.give((Some(wait), 1)).ok().unwrap();
-        helpers.give((None, 2)).ok().unwrap();
+        pool.give((Some(wait), 1)).ok().unwrap();
+        pool.give((None, 2)).ok().unwrap();
         assert_eq!(told.recv_timeout(Duration::from_secs(30)), Ok(2));
         release.send(()).unwrap();
-        drop(helpers);
+        drop(pool);
         assert_eq!(told.try_recv(), Ok(1));
     }
 }
