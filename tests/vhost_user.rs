@@ -13,7 +13,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use support::{Running, folder, text, wait_for};
+use std::time::Duration;
+use support::{Running, command, folder, text, wait_for};
 use tempfile::TempDir;
 
 const IN: u32 = 0;
@@ -34,17 +35,9 @@ impl Served {
         let folder = folder();
         std::fs::write(folder.path().join("disk.raw"), vec![b'd'; LENGTH]).unwrap();
         let [disk, socket, writers] = ["disk.raw", "socket", "writers"].map(|name| folder.path().join(name));
-        let server = Running::drive_backup(&[
-            "serve",
-            "--device",
-            text(&disk),
-            "--format",
-            "raw",
-            "--vhost-user",
-            text(&socket),
-            "--writer-dir",
-            text(&writers),
-        ]);
+        let mut serve = command(&["serve", "--device", text(&disk), "--format", "raw", "--vhost-user", text(&socket)]);
+        let said = File::create(folder.path().join("said")).unwrap();
+        let server = Running::start(serve.args(["--writer-dir", text(&writers)]).stderr(said));
         wait_for("the socket", || socket.exists().then_some(()));
         Self { folder, server }
     }
@@ -58,6 +51,11 @@ impl Served {
         let mut frontend = Frontend::connect(&self.path("socket")).unwrap();
         (0..queues).for_each(|_| frontend.start_queue().unwrap());
         frontend
+    }
+
+    /// Waits until it tells people of that.
+    fn says(&self, what: &str) {
+        wait_for(what, || std::fs::read_to_string(self.path("said")).unwrap().contains(what).then_some(()));
     }
 
     /// A new frontend is served.
@@ -157,6 +155,9 @@ fn what_is_in_flight_ends_before_the_next_frontend_is_served_and_before_the_serv
     // The write was taken before it.
     assert_eq!(frontend.wait(0), [1]);
     drop(frontend);
+    let early = UnixStream::connect(served.path("socket")).unwrap();
+    served.says("socket': another waits until its requests in flight have ended");
+    drop(early);
     go_on(&backup);
     let mut next = served.connect(1);
     assert_eq!(served.byte_at("disk.raw", LAST), 0);
@@ -167,12 +168,31 @@ fn what_is_in_flight_ends_before_the_next_frontend_is_served_and_before_the_serv
     next.submit(0, 1, IN, 0, 4096, false);
     assert_eq!(next.wait(0), [1]);
     next.send_pair(GET_VRING_BASE, 0, 0).unwrap();
+    assert!(!next.is_answered_within(Duration::from_millis(200)));
     go_on(&backup);
     let base = next.receive().unwrap();
     assert_eq!((next.used(0), base[4]), (vec![0], 2));
     assert_eq!(backup.ended().code, 0);
     served.server.signal(Signal::SIGTERM);
     assert_eq!(served.server.ended().code, 0);
+}
+
+#[test]
+fn a_second_frontend_is_refused_and_told_of_and_the_first_goes_on() {
+    let served = Served::start();
+    let mut first = served.connect(1);
+    // It does not want to be served.
+    drop(UnixStream::connect(served.path("socket")).unwrap());
+    let mut second = UnixStream::connect(served.path("socket")).unwrap();
+    second.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    assert_eq!(second.read(&mut [0; 12]).unwrap(), 0);
+    let what = format!("process {} was refused: another is served, and there is one at a time", std::process::id());
+    served.says(&format!("frontend at '{}': {what}", served.path("socket").display()));
+    assert_eq!(first.ask(0, IN, 8, 4096), 0);
+    drop(first);
+    served.serves();
+    let said = std::fs::read_to_string(served.path("said")).unwrap();
+    assert_eq!(said.matches("refused").count(), 1, "{said}");
 }
 
 /// Does something to a frontend's queue 0, or says something.

@@ -139,6 +139,12 @@ impl Frontend {
         Ok(payload)
     }
 
+    /// Is there a part of an answer, in that time?
+    pub fn is_answered_within(&self, time: Duration) -> bool {
+        let time = Timespec { tv_sec: 0, tv_nsec: time.subsec_nanos().into() };
+        poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&time)).unwrap() > 0
+    }
+
     pub fn get(&mut self, request: u32) -> io::Result<u64> {
         self.send(request, &[], None)?;
         Ok(u64::from_le_bytes(self.receive()?[..8].try_into().unwrap()))

@@ -62,7 +62,8 @@ pub struct ServeArgs {
 
     /// Serve a virtual machine as vhost-user-blk at this socket; give it once for each disk to be served so
     ///
-    /// NAME says which disk, where there are several.
+    /// NAME says which disk, where there are several. One guest at a time: another that connects is refused, with a warning,
+    /// unless the first goes within two seconds.
     #[arg(long, value_name = "[NAME=]PATH", help_heading = WHERE, value_hint = ValueHint::FilePath)]
     pub vhost_user: Vec<OsString>,
 

@@ -6,12 +6,13 @@
 //!                        └──── pool ───────▲
 //! ```
 //!
-//! One frontend at a time; the next one waits until it has gone. Requests that are in flight when it goes end first. Its
-//! memory must be shared, and must stay as long as it is: a frontend that truncates it kills us (SIGBUS), as it would kill
-//! whoever serves it. It runs as a user who may connect to the socket.
+//! One frontend at a time; another one is refused (see `door`). Requests that are in flight when it goes end before the next
+//! one is served. Its memory must be shared, and must stay as long as it is: a frontend that truncates it kills us (SIGBUS), as
+//! it would kill whoever serves it. It runs as a user who may connect to the socket.
 
 mod config;
 mod device;
+mod door;
 mod perform;
 mod pool;
 mod queue;
@@ -24,11 +25,12 @@ use super::{FrontEnd, Notice, Notify};
 use crate::error::{Error, Kind, Result};
 use crate::unix_socket::Bound;
 use device::Device;
+use door::{Door, wait};
 use queue::Service;
 use request::Memory;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use rustix::event::{EventfdFlags, Timespec};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -37,6 +39,9 @@ use std::time::Instant;
 use vhost::vhost_user::{Error as ProtocolError, Listener};
 use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
+
+type Daemon = VhostUserDaemon<Arc<Device>>;
+type DaemonResult = std::result::Result<(), DaemonError>;
 
 /// Queues at most: a thread each.
 pub const MOST_QUEUES: u16 = 16;
@@ -50,8 +55,7 @@ pub fn start(disk: Arc<Disk>, path: &Path, queues: u16, notify: Notify) -> Resul
     let failed = |what: &str, e| Error::system(Kind::Other, what.to_owned(), e);
     let socket = Bound::at(path)?;
     let address = socket.path().display().to_string();
-    let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    let bell = bell.map_err(|e| failed("make an eventfd", e.into()))?;
+    let bell = bell().map_err(|e| failed("make an eventfd", e))?;
     let shared = Arc::new(Shared { disk, queues, notify, bell, frontend: Mutex::default() });
     let (alive, ended) = std::sync::mpsc::channel();
     let theirs = shared.clone();
@@ -59,6 +63,17 @@ pub fn start(disk: Arc<Disk>, path: &Path, queues: u16, notify: Notify) -> Resul
     let thread = thread.spawn(move || theirs.accept(socket, alive));
     let thread = thread.map_err(|e| failed("start the thread of vhost-user", e))?;
     Ok(Box::new(VhostUser { address, shared, thread: Some(thread), ended }))
+}
+
+/// An eventfd that nobody has rung.
+fn bell() -> io::Result<OwnedFd> {
+    Ok(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+}
+
+/// From now on it can be read.
+fn ring(bell: &OwnedFd) {
+    // It fails only when it has rung 2^64 times unheard.
+    let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
 }
 
 /// A socket that is served.
@@ -111,21 +126,14 @@ impl Shared {
 
     /// False: nobody will be served any more.
     fn wait_for_somebody(&self, socket: &Bound) -> io::Result<bool> {
-        loop {
-            let bell = PollFd::new(&self.bell, PollFlags::IN);
-            let mut fds = [bell, PollFd::new(socket.listener(), PollFlags::IN)];
-            match rustix::event::poll(&mut fds, None) {
-                Err(rustix::io::Errno::INTR) => continue,
-                other => other?,
-            };
-            return Ok(!self.frontend().stopping);
-        }
+        wait(&[self.bell.as_fd(), socket.listener().as_fd()], None)?;
+        Ok(!self.frontend().stopping)
     }
 
     fn rest(&self) {
         let tenth = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
         // A bell ends it early.
-        let _ = rustix::event::poll(&mut [PollFd::new(&self.bell, PollFlags::IN)], Some(&tenth));
+        let _ = wait(&[self.bell.as_fd()], Some(&tenth));
     }
 
     /// Serves the frontend that has connected until it goes.
@@ -144,17 +152,42 @@ impl Shared {
                 daemon.request_shutdown();
             }
         }
-        let ended = daemon.wait();
-        // The guest may go on to fill its queues.
+        let ended = self.until_gone(socket, daemon, &service).map_err(|e| e.to_string());
         service.stop();
-        drop(daemon);
         self.frontend().current = None;
-        match ended {
+        match ended? {
             Ok(()) => Ok(()),
             Err(DaemonError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage)) => Ok(()),
             Err(other) => Err(other.to_string()),
         }
     }
+
+    /// Waits until the frontend has gone and what it had in flight has ended. How it went.
+    fn until_gone(&self, socket: &Bound, daemon: Daemon, service: &Service) -> io::Result<DaemonResult> {
+        let gone = bell()?;
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("vhost-user end".into());
+            let end = thread.spawn_scoped(scope, || {
+                let ended = end(daemon, service);
+                ring(&gone);
+                ended
+            })?;
+            let door = Door { socket, bell: &self.bell, notify: &self.notify };
+            let kept = door.keep_shut(&gone, || service.is_leaving());
+            // One that panicked has done what it could.
+            let ended = end.join().unwrap_or(Ok(()));
+            kept.map(|()| ended)
+        })
+    }
+}
+
+/// Waits until a frontend has gone and what it had in flight has ended.
+fn end(mut daemon: Daemon, service: &Service) -> DaemonResult {
+    let ended = daemon.wait();
+    // The guest may go on to fill its queues.
+    service.stop();
+    drop(daemon);
+    ended
 }
 
 impl VhostUser {
@@ -166,8 +199,7 @@ impl VhostUser {
             frontend.stopping = true;
             frontend.current.clone()
         };
-        // It fails only when it has rung 2^64 times unheard.
-        let _ = rustix::io::write(&self.shared.bell, &1_u64.to_ne_bytes());
+        ring(&self.shared.bell);
         let settled = current.is_none_or(|(handle, service)| {
             service.stop();
             let settled = service.all_settle(deadline);

@@ -41,6 +41,8 @@ pub struct Service {
     /// The cache's mode; meant for guests that know of it.
     pub writeback: AtomicBool,
     lanes: Vec<Lane>,
+    /// Somebody waits until nothing is in flight.
+    settling: AtomicU32,
     stopping: AtomicBool,
 }
 
@@ -111,8 +113,14 @@ impl Service {
             acknowledged: AtomicU64::new(0),
             writeback: AtomicBool::new(true),
             lanes: (0..queues).map(|_| Lane::default()).collect(),
+            settling: AtomicU32::new(0),
             stopping: AtomicBool::new(false),
         }
+    }
+
+    /// The frontend has gone, or may have without our knowing: what was in flight is to end first.
+    pub fn is_leaving(&self) -> bool {
+        self.stopping.load(SeqCst) || self.settling.load(SeqCst) > 0
     }
 
     /// Takes no more requests.
@@ -123,8 +131,10 @@ impl Service {
     /// Waits until nothing of a queue is in flight.
     pub fn settle(&self, lane: usize) {
         if let Some(lane) = self.lanes.get(lane) {
+            self.settling.fetch_add(1, SeqCst);
             let none = lane.none.wait_while(lane.lock(), |in_flight| *in_flight > 0);
             drop(none.unwrap_or_else(PoisonError::into_inner));
+            self.settling.fetch_sub(1, SeqCst);
         }
     }
 
