@@ -73,3 +73,52 @@ pub fn space(disk: &Disk, queues: u16, writeback: bool, offset: u32, size: u32) 
     let known = bytes.into_iter().skip(offset as usize);
     known.chain(std::iter::repeat(0)).take(size as usize).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::raw::Raw;
+    use crate::serve::disk::DiskOptions;
+    use std::sync::Arc;
+
+    fn disk(read_only: bool) -> Disk {
+        let raw = Raw::fresh(tempfile::tempfile().unwrap(), (1 << 20) + 100).unwrap();
+        let options = DiskOptions { name: "d".into(), path: "d".into(), format: None, read_only, writer_dir: None };
+        Disk::over(&options, Arc::new(raw))
+    }
+
+    #[test]
+    fn a_guest_is_told_that_a_disk_is_read_only_and_what_it_can_change() {
+        let changes = bit(blk::VIRTIO_BLK_F_DISCARD) | bit(blk::VIRTIO_BLK_F_WRITE_ZEROES);
+        let [read_only, several] = [bit(blk::VIRTIO_BLK_F_RO), bit(blk::VIRTIO_BLK_F_MQ)];
+        let of = |is_read_only, queues| features(&disk(is_read_only), queues) & (changes | read_only | several);
+        assert_eq!([of(false, 1), of(true, 1)], [changes, read_only]);
+        assert_eq!([of(false, 2), of(true, 16)], [changes | several, read_only | several]);
+    }
+
+    #[test]
+    fn a_write_is_durable_at_once_for_a_guest_that_can_not_or_does_not_want_to_flush() {
+        let [flush, mode] = [bit(blk::VIRTIO_BLK_F_FLUSH), bit(blk::VIRTIO_BLK_F_CONFIG_WCE)];
+        // A guest that does not know of the mode can't have chosen it.
+        let expected = [(0, true, true), (mode, true, true), (flush, false, false), (flush | mode, false, true)];
+        for (acknowledged, writeback, through) in expected {
+            assert_eq!(writes_through(acknowledged, writeback), through, "{acknowledged:#x}, {writeback}");
+        }
+        assert!(!writes_through(flush | mode, true) && !writes_through(flush, true));
+    }
+
+    #[test]
+    fn the_configuration_space_is_what_the_specification_says_and_zeroes_behind_it() {
+        let space = space(&disk(false), 4, true, 0, 80);
+        let at = |offset: usize, size: usize| {
+            space[offset..offset + size].iter().rev().fold(0_u64, |word, byte| word << 8 | u64::from(*byte))
+        };
+        // Whole sectors alone; most segments; block size; blocks of 4 KiB as an exponent and as the least that is quick.
+        assert_eq!([at(0, 8), at(12, 4), at(20, 4), at(24, 1), at(26, 2)], [2048, 126, 512, 3, 8]);
+        // The cache's mode, queues, then the limits of a discard and of a write of zeroes, which may unmap.
+        assert_eq!([at(32, 1), at(34, 2), at(36, 4), at(40, 4), at(44, 4)], [1, 4, 1 << 22, 32, 8]);
+        assert_eq!([at(48, 4), at(52, 4), at(56, 1), at(57, 8), at(72, 8)], [1 << 22, 32, 1, 0, 0]);
+        assert_eq!(super::space(&disk(false), 4, false, 30, 6), [0, 0, 0, 0, 4, 0]);
+        assert_eq!(super::space(&disk(false), 4, true, u32::MAX, 2), [0, 0]);
+    }
+}

@@ -1,7 +1,10 @@
 use super::super::request::Request;
 use super::*;
+use crate::ground::range::Extent;
+use crate::image::{Image, Properties};
 use crate::serve::disk::DiskOptions;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -16,21 +19,77 @@ const GET_ID: u32 = 8;
 const DISCARD: u32 = 11;
 const ZEROES: u32 = 13;
 
+/// Of the guest's memory: address, length.
+type Piece = (u64, u32);
+
 struct Scene {
     folder: tempfile::TempDir,
     disk: Disk,
     memory: Memory,
 }
 
-fn open(folder: &Path, read_only: bool) -> Disk {
-    let options = DiskOptions {
+fn options(folder: &Path, read_only: bool) -> DiskOptions {
+    DiskOptions {
         name: "a name that is longer than that".into(),
         path: folder.join("disk.raw"),
         format: Some(crate::image::format::Format::Raw),
         read_only,
         writer_dir: Some(folder.join("writers")),
-    };
-    Disk::open(&options).unwrap()
+    }
+}
+
+fn open(folder: &Path, read_only: bool) -> Disk {
+    Disk::open(&options(folder, read_only)).unwrap()
+}
+
+/// A disk that is no file, and what was done to it.
+#[derive(Default)]
+struct Logged {
+    bytes: Mutex<Vec<u8>>,
+    log: Mutex<Vec<&'static str>>,
+}
+
+impl Logged {
+    fn log(&self, what: &'static str) -> io::Result<()> {
+        self.log.lock().unwrap().push(what);
+        Ok(())
+    }
+}
+
+impl Image for Logged {
+    fn length(&self) -> u64 {
+        1 << 20
+    }
+
+    fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
+        Ok(Extent::data(range))
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        buf.copy_from_slice(&self.bytes.lock().unwrap()[offset as usize..][..buf.len()]);
+        self.log("read")
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.bytes.lock().unwrap()[offset as usize..][..buf.len()].copy_from_slice(buf);
+        self.log("write")
+    }
+
+    fn write_zeroes(&self, _: ByteRange) -> io::Result<()> {
+        self.log("zeroes")
+    }
+
+    fn discard(&self, _: ByteRange) -> io::Result<()> {
+        self.log("discard")
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.log("flush")
+    }
+
+    fn properties(&self) -> Properties {
+        Properties { cluster_size: 1, alignment: 1, reads_zero: false, sequential: false }
+    }
 }
 
 impl Scene {
@@ -38,22 +97,34 @@ impl Scene {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("disk.raw"), vec![b'd'; (SECTORS * SECTOR + 100) as usize]).unwrap();
         let disk = open(folder.path(), read_only);
-        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x8_0000), (GuestAddress(0x8_0000), 0x8_0000)]).unwrap();
         Self { folder, disk, memory }
+    }
+
+    /// On a disk that is no file.
+    fn logged() -> (Self, Arc<Logged>) {
+        let scene = Self::new(false);
+        let image = Arc::new(Logged { bytes: Mutex::new(vec![b'd'; 1 << 20]), ..Logged::default() });
+        let disk = Disk::over(&options(scene.folder.path(), false), image.clone());
+        (Self { disk, ..scene }, image)
     }
 
     /// The status of a request with `input` bytes at `DATA` and `output` bytes at `ANSWER`, neither necessarily in memory.
     fn ask(&self, kind: u32, sector: u64, input: u32, output: u32) -> Status {
+        self.ask_in_pieces(kind, sector, &[(DATA, input)], &[(ANSWER, output)], false)
+    }
+
+    fn ask_in_pieces(&self, kind: u32, sector: u64, input: &[Piece], output: &[Piece], through: bool) -> Status {
         self.memory.write_obj(kind, GuestAddress(0)).unwrap();
         self.memory.write_obj(sector, GuestAddress(8)).unwrap();
-        let chain = [
-            Descriptor::new(0, 16, 1, 1),
-            Descriptor::new(DATA, input, 1, 2),
-            Descriptor::new(ANSWER, output, 3, 3),
-            Descriptor::new(32, 1, 2, 0),
-        ];
+        let descriptors = |pieces: &[Piece], flags| -> Vec<_> {
+            pieces.iter().map(|&(address, length)| Descriptor::new(address, length, flags, 1)).collect()
+        };
+        let header = [Descriptor::new(0, 16, 1, 1)];
+        let status = [Descriptor::new(32, 1, 2, 0)];
+        let chain = [&header[..], &descriptors(input, 1), &descriptors(output, 3), &status].concat();
         let request = Request::parse(chain.into_iter(), &self.memory).unwrap();
-        perform(&self.disk, &request, &self.memory, false)
+        perform(&self.disk, &request, &self.memory, through)
     }
 
     fn put(&self, bytes: &[u8]) {
@@ -87,6 +158,64 @@ fn data_goes_where_the_sector_says_and_comes_back() {
     let bytes = scene.bytes();
     assert!(bytes[62 * 512..64 * 512].iter().all(|byte| *byte == b'w'));
     assert!(bytes[64 * 512..].iter().all(|byte| *byte == b'd') && bytes.len() == 64 * 512 + 100);
+}
+
+#[test]
+fn data_in_pieces_is_moved_in_their_order_and_all_of_it() {
+    // Backwards, one of no bytes, and the last where two regions of memory meet.
+    let pieces: &[Piece] = &[(0x9_0000, 100), (0x2_0000, 412), (0x3_0000, 0), (0x8_0000 - 200, 512)];
+    let data: Vec<u8> = (0..1024).map(|at| (at % 251) as u8).collect();
+    for scene in [Scene::new(false), Scene::logged().0] {
+        let mut rest = &data[..];
+        for &(address, length) in pieces {
+            let (piece, others) = rest.split_at(length as usize);
+            scene.memory.write_slice(piece, GuestAddress(address)).unwrap();
+            rest = others;
+        }
+        assert_eq!(scene.ask_in_pieces(OUT, 3, pieces, &[], false), Status::Ok);
+        let mut on_disk = vec![0; 3 * 512];
+        scene.disk.read(&mut on_disk, 2 * 512).unwrap();
+        assert!(on_disk[..512].iter().all(|byte| *byte == b'd') && on_disk[512..] == data);
+        for &(address, length) in pieces {
+            scene.memory.write_slice(&vec![0; length as usize], GuestAddress(address)).unwrap();
+        }
+        assert_eq!(scene.ask_in_pieces(IN, 3, &[], pieces, false), Status::Ok);
+        let mut found = Vec::new();
+        for &(address, length) in pieces {
+            let mut piece = vec![0; length as usize];
+            scene.memory.read_slice(&mut piece, GuestAddress(address)).unwrap();
+            found.extend(piece);
+        }
+        assert_eq!(found, data);
+    }
+}
+
+#[test]
+fn a_disk_that_is_no_file_is_read_and_written_through_a_small_buffer() {
+    let (scene, image) = Scene::logged();
+    let data: Vec<u8> = (0..300 << 10).map(|at| (at / 509) as u8).collect();
+    scene.put(&data);
+    assert_eq!(scene.ask(OUT, 5, 300 << 10, 0), Status::Ok);
+    assert_eq!(scene.ask(IN, 5, 0, 300 << 10), Status::Ok);
+    assert!(image.bytes.lock().unwrap()[5 * 512..][..300 << 10] == data && scene.answer(300 << 10) == data);
+    assert_eq!(*image.log.lock().unwrap(), ["write", "write", "write", "read", "read", "read"]);
+}
+
+#[test]
+fn what_goes_through_the_cache_is_flushed_before_it_is_answered_and_nothing_else_is() {
+    let (scene, image) = Scene::logged();
+    let ask = |kind, input, output, through| {
+        scene.ask_in_pieces(kind, 0, &[(DATA, input)], &[(ANSWER, output)], through);
+        std::mem::take(&mut *image.log.lock().unwrap())
+    };
+    scene.put(&[&0_u64.to_le_bytes()[..], &8_u32.to_le_bytes(), &1_u32.to_le_bytes()].concat());
+    assert_eq!(ask(OUT, 512, 0, true), ["write", "flush"]);
+    assert_eq!(ask(ZEROES, 16, 0, true), ["zeroes", "flush"]);
+    assert_eq!(ask(IN, 0, 512, true), ["read"]);
+    // What failed is not on the disk, and needs no flush.
+    assert_eq!(ask(OUT, 511, 0, true), [""; 0]);
+    assert_eq!(ask(OUT, 512, 0, false), ["write"]);
+    assert_eq!(ask(FLUSH, 0, 0, false), ["flush"]);
 }
 
 #[test]

@@ -96,6 +96,8 @@ fn chains_that_make_no_sense_are_malformed() {
         ("a loop of one", &[(0x1000, 16, NEXT, 0)]),
         ("no descriptor of that number", &[(0x1000, 16, NEXT, 16)]),
         ("no status", &[(0x1000, 16, 0, 0)]),
+        ("a status that leads nowhere", &[(0x1000, 16, NEXT, 1), (0x2000, 1, NEXT | WRITE, 16)]),
+        ("a status that leads to itself", &[(0x1000, 16, NEXT, 1), (0x2000, 1, NEXT | WRITE, 1)]),
         ("a status of no bytes", &[(0x1000, 16, NEXT, 1), (0x2000, 0, WRITE, 0)]),
         ("a short header", &[(0x1000, 15, NEXT, 1), (0x2000, 1, WRITE, 0)]),
         ("a header that only the device writes", &[(0x1000, 16, NEXT | WRITE, 1), (0x2000, 1, WRITE, 0)]),
