@@ -2,7 +2,8 @@
  * The only program of the guest: loads the modules, does the job that the kernel's command line names on the disk,
  * says on the console how it went, and switches the machine off. The host says "stop" on the console.
  *
- *   job=trail   threads write numbered blocks, each thread its own part of the disk; at the end every block is read again
+ *   job=trail   threads write numbered blocks, each thread its own part of a disk; at the end every block is read again.
+ *               disks=N: so many disks at once
  *   job=scrap   discards and writes zeroes, and reads what that left
  *   job=ext4    mounts the disk and writes files, each synced before its name is told
  *   job=bench   reads and writes, and tells how many a second
@@ -30,6 +31,7 @@
 #define THREADS 4
 /* Of each thread. */
 #define BLOCKS 1024
+#define DISKS 2
 #define MOST (1 << 20)
 
 static const char *disk = "/dev/vda";
@@ -119,13 +121,18 @@ static void *aligned(size_t size)
 	return memory;
 }
 
-static int open_disk(int flags)
+static int open_path(const char *path, int flags)
 {
-	int fd = open(disk, flags | O_CLOEXEC);
+	int fd = open(path, flags | O_CLOEXEC);
 
 	if (fd < 0)
-		fail("open %s", disk);
+		fail("open %s", path);
 	return fd;
+}
+
+static int open_disk(int flags)
+{
+	return open_path(disk, flags);
 }
 
 static uint64_t disk_size(int fd)
@@ -139,8 +146,16 @@ static uint64_t disk_size(int fd)
 
 /* ---- job=trail. tests/guest/trail.rs is the checker, and says what is where. ---- */
 
-/* Writes of each thread that the disk has acknowledged. */
-static volatile uint64_t acknowledged[THREADS];
+/* A disk, and the writes of each of its threads that it has acknowledged. */
+static struct trail {
+	char path[16];
+	volatile uint64_t acknowledged[THREADS];
+} trails[DISKS];
+
+struct writer {
+	struct trail *trail;
+	uint64_t me;
+};
 
 static int zeroes(uint64_t me, uint64_t number)
 {
@@ -152,7 +167,7 @@ static uint64_t place(uint64_t me, uint64_t number)
 	return me * BLOCKS + scramble(number * THREADS + me) % BLOCKS;
 }
 
-static void fill(uint64_t *block, uint64_t me, uint64_t number)
+static void fill(uint64_t *block, struct trail *trail, uint64_t me, uint64_t number)
 {
 	uint64_t sum = scramble(number ^ scramble(me)), word;
 
@@ -160,7 +175,7 @@ static void fill(uint64_t *block, uint64_t me, uint64_t number)
 	block[1] = me;
 	block[2] = place(me, number);
 	for (word = 0; word < THREADS; word++) {
-		block[3 + word] = __atomic_load_n(&acknowledged[word], __ATOMIC_SEQ_CST);
+		block[3 + word] = __atomic_load_n(&trail->acknowledged[word], __ATOMIC_SEQ_CST);
 		sum = scramble(sum ^ block[3 + word]);
 	}
 	for (word = 3 + THREADS; word < BLOCK / 8; word++)
@@ -169,10 +184,12 @@ static void fill(uint64_t *block, uint64_t me, uint64_t number)
 
 static void *write_trail(void *argument)
 {
-	uint64_t me = (uintptr_t)argument, number, at, range[2];
+	const struct writer *writer = argument;
+	struct trail *trail = writer->trail;
+	uint64_t me = writer->me, number, at, range[2];
 	unsigned char (*expected)[BLOCK] = aligned((size_t)BLOCKS * BLOCK);
 	char *block = aligned(BLOCK);
-	int fd = open_disk(O_RDWR | O_DIRECT);
+	int fd = open_path(trail->path, O_RDWR | O_DIRECT);
 
 	for (number = 1; number < MOST && !stopped; number++) {
 		at = place(me, number);
@@ -181,22 +198,22 @@ static void *write_trail(void *argument)
 			range[1] = BLOCK;
 			memset(block, 0, BLOCK);
 			if (ioctl(fd, BLKZEROOUT, range))
-				fail("zero block %llu", (unsigned long long)at);
+				fail("zero block %llu of %s", (unsigned long long)at, trail->path);
 		} else {
-			fill((uint64_t *)block, me, number);
+			fill((uint64_t *)block, trail, me, number);
 			if (pwrite(fd, block, BLOCK, at * BLOCK) != BLOCK)
-				fail("write block %llu", (unsigned long long)at);
+				fail("write block %llu of %s", (unsigned long long)at, trail->path);
 		}
 		memcpy(expected[at - me * BLOCKS], block, BLOCK);
-		__atomic_store_n(&acknowledged[me], number, __ATOMIC_SEQ_CST);
+		__atomic_store_n(&trail->acknowledged[me], number, __ATOMIC_SEQ_CST);
 		if (number % 64 == 0 && fdatasync(fd))
-			fail("flush");
+			fail("flush %s", trail->path);
 	}
 	for (at = 0; at < BLOCKS; at++) {
 		if (pread(fd, block, BLOCK, (me * BLOCKS + at) * BLOCK) != BLOCK)
-			fail("read block %llu", (unsigned long long)at);
+			fail("read block %llu of %s", (unsigned long long)at, trail->path);
 		if (memcmp(block, expected[at], BLOCK))
-			fail("thread %d's block %llu is not what was written", (int)me, (unsigned long long)at);
+			fail("thread %d's block %llu of %s is not what was written", (int)me, (unsigned long long)at, trail->path);
 	}
 	close(fd);
 	return NULL;
@@ -204,21 +221,35 @@ static void *write_trail(void *argument)
 
 static void trail(void)
 {
-	pthread_t threads[THREADS];
-	uintptr_t me;
-	uint64_t all = 0;
+	int disks = atoi(argument("disks", "1")), all = disks * THREADS, i;
+	struct writer writers[DISKS * THREADS];
+	pthread_t threads[DISKS * THREADS];
 
-	for (me = 0; me < THREADS; me++)
-		if (pthread_create(&threads[me], NULL, write_trail, (void *)me))
+	if (disks < 1 || disks > DISKS)
+		fail("%d disks", disks);
+	for (i = 0; i < all; i++) {
+		struct trail *trail = &trails[i / THREADS];
+
+		snprintf(trail->path, sizeof trail->path, "/dev/vd%c", 'a' + i / THREADS);
+		writers[i] = (struct writer){trail, i % THREADS};
+		if (pthread_create(&threads[i], NULL, write_trail, &writers[i]))
 			fail("thread");
-	while (acknowledged[0] < 100)
-		usleep(1000);
-	printf("WRITING\n");
-	for (me = 0; me < THREADS; me++) {
-		pthread_join(threads[me], NULL);
-		all += acknowledged[me];
 	}
-	printf("VERIFIED %llu\n", (unsigned long long)all);
+	for (i = 0; i < disks; i++)
+		while (trails[i].acknowledged[0] < 100)
+			usleep(1000);
+	printf("WRITING\n");
+	for (i = 0; i < all; i++)
+		pthread_join(threads[i], NULL);
+	printf("VERIFIED");
+	for (i = 0; i < disks; i++) {
+		uint64_t count = 0, me;
+
+		for (me = 0; me < THREADS; me++)
+			count += trails[i].acknowledged[me];
+		printf(" %llu", (unsigned long long)count);
+	}
+	printf("\n");
 }
 
 /* ---- job=scrap ---- */
@@ -376,6 +407,7 @@ int main(void)
 {
 	static const char *const modules[] = {"virtio_ring",			 "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
 					      "virtio_pci", "virtio_blk"};
+	char last[] = "/dev/vda";
 	const char *job;
 	pthread_t listener;
 	size_t i;
@@ -387,7 +419,9 @@ int main(void)
 	setlinebuf(stdout);
 	for (i = 0; i < sizeof modules / sizeof *modules; i++)
 		load(modules[i]);
-	for (i = 0; access(disk, F_OK) && i < 5000; i++)
+	/* The last of them comes last. */
+	last[7] = 'a' + atoi(argument("disks", "1")) - 1;
+	for (i = 0; access(last, F_OK) && i < 5000; i++)
 		usleep(1000);
 	job = argument("job", "none");
 	pthread_create(&listener, NULL, listen_for_stop, NULL);

@@ -33,7 +33,7 @@ impl Machine {
     /// Boots, with a job for its program and QEMU's `arguments` for the disk.
     ///
     /// `no_timer_check`: under TCG on a busy host the kernel may find that its timer does not tick in time, and gives up.
-    pub fn start(job: &str, arguments: &[&str]) -> Self {
+    pub fn start(job: &str, arguments: &[String]) -> Self {
         let home = home();
         let unpacked = home.join("unpacked");
         let accelerator = std::fs::read_to_string(home.join("accelerator")).unwrap();
@@ -103,28 +103,37 @@ impl Machine {
         lines.0.iter().filter_map(|line| line.strip_prefix(word)).map(|line| line.trim().to_owned()).collect()
     }
 
-    /// The guest is to come to an end, verifies what it wrote, and switches the machine off. How much that was.
+    /// The guest is to come to an end, verifies what it wrote, and switches the machine off. How much that was, on each disk.
     #[track_caller]
-    pub fn stop(mut self) -> u64 {
+    pub fn stop(mut self) -> Vec<u64> {
         self.keyboard.write_all(b"stop\n").unwrap();
         self.ends()
     }
 
     /// [`Machine::stop`], for a guest that ends by itself.
     #[track_caller]
-    pub fn ends(mut self) -> u64 {
+    pub fn ends(mut self) -> Vec<u64> {
         let verified = self.hear("VERIFIED");
         self.hear("DONE");
         wait_for("the machine to be switched off", || self.process.has_ended().then_some(()));
-        verified.parse().unwrap()
+        verified.split_whitespace().map(|count| count.parse().unwrap()).collect()
     }
 }
 
 /// QEMU's arguments for a disk served by vhost-user at `socket`: those of the README, with less memory.
 pub fn vhost_user(socket: &Path) -> Vec<String> {
+    of_the_readme("vhost-user-blk", "/run/disk.sock", socket)
+}
+
+/// QEMU's arguments for a disk served by NBD at `socket`: those of the README.
+pub fn nbd(socket: &Path) -> Vec<String> {
+    of_the_readme("nbd+unix", "/run/vm.sock", socket)
+}
+
+fn of_the_readme(what: &str, example: &str, socket: &Path) -> Vec<String> {
     let readme = std::fs::read_to_string("README.md").unwrap().replace("\\\n", " ");
-    let line = readme.lines().find(|line| line.starts_with("qemu-system-x86_64") && line.contains("vhost-user-blk"));
-    let words = line.expect("the README says how QEMU uses vhost-user").split_whitespace();
+    let line = readme.lines().find(|line| line.starts_with("qemu-system-x86_64") && line.contains(what));
+    let words = line.unwrap_or_else(|| panic!("the README does not say how QEMU uses {what}")).split_whitespace();
     let words = words.skip(1).take_while(|word| *word != "...");
-    words.map(|word| word.replace("/run/disk.sock", text(socket)).replace("2G", "256M")).collect()
+    words.map(|word| word.replace(example, text(socket)).replace("2G", "256M")).collect()
 }

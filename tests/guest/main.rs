@@ -6,7 +6,7 @@ mod support;
 mod machine;
 mod trail;
 
-use machine::{Machine, vhost_user};
+use machine::{Machine, nbd, vhost_user};
 use nix::sys::signal::Signal;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -48,13 +48,16 @@ impl Served {
         Self::start("--vhost-user", |socket| text(socket).to_owned(), make)
     }
 
+    fn nbd() -> Self {
+        Self::start("--nbd", |socket| format!("unix:{}", text(socket)), |_| {})
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     fn boot(&self, job: &str) -> Machine {
-        let arguments = vhost_user(&self.path("socket"));
-        Machine::start(job, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
+        Machine::start(job, &vhost_user(&self.path("socket")))
     }
 
     /// Backs it up, at a speed that lets the guest write a lot meanwhile.
@@ -75,9 +78,9 @@ impl Served {
     }
 }
 
-/// A guest writes all the time; three backups, one after the other, are each the disk of an instant of their own.
-fn three_instants(served: Served, machine: Machine) {
-    machine.hear("WRITING");
+/// Three backups, one after the other, of a disk that a guest writes all the time: each is the disk of an instant of its own.
+/// What the last of them shows.
+fn three_instants(served: &Served) -> [u64; trail::THREADS] {
     let mut before = [0; trail::THREADS];
     for name in ["1.raw", "2.raw", "3.raw"] {
         let target = served.path(name);
@@ -86,17 +89,14 @@ fn three_instants(served: Served, machine: Machine) {
         assert!(now.iter().zip(before).all(|(now, before)| *now > before), "{name}: {before:?}, then {now:?}");
         before = now;
     }
-    let verified = machine.stop();
-    let folder = served.stop();
-    let last = trail::check(&std::fs::read(folder.path().join("disk.raw")).unwrap());
-    assert!(last.iter().sum::<u64>() >= verified && verified > before.iter().sum());
+    before
 }
 
 #[test]
-fn a_guest_on_vhost_user_writes_while_three_backups_are_each_their_instant() {
+fn a_guest_writes_on_vhost_user_and_nbd_while_three_backups_of_each_disk_are_each_their_instant() {
     let served = Served::vhost_user(|_| {});
     // One that was there before: it discards, and reads what that left.
-    assert_eq!(served.boot("scrap").ends(), LENGTH);
+    assert_eq!(served.boot("scrap").ends(), [LENGTH]);
     let allocated = served.path("disk.raw").metadata().unwrap().blocks() * 512;
     // 16 MiB and a block at the end, less the 8 MiB that were discarded. The guest wants zeroes to stay allocated.
     assert!((8 << 20..9 << 20).contains(&allocated), "{allocated}");
@@ -106,8 +106,21 @@ fn a_guest_on_vhost_user_writes_while_three_backups_are_each_their_instant() {
         .unwrap()
         .write_all_at(&vec![0; 16 << 20], 0)
         .unwrap();
-    let machine = served.boot("trail");
-    three_instants(served, machine);
+    let both = [served, Served::nbd()];
+    let arguments = [vhost_user(&both[0].path("socket")), nbd(&both[1].path("socket"))].concat();
+    let machine = Machine::start("trail disks=2", &arguments);
+    machine.hear("WRITING");
+    let before = std::thread::scope(|scope| {
+        let threads = both.each_ref().map(|served| scope.spawn(move || three_instants(served)));
+        threads.map(|thread| thread.join().unwrap())
+    });
+    let verified = machine.stop();
+    assert_eq!(verified.len(), 2);
+    for ((served, before), verified) in both.into_iter().zip(before).zip(verified) {
+        let folder = served.stop();
+        let last = trail::check(&std::fs::read(folder.path().join("disk.raw")).unwrap());
+        assert!(last.iter().sum::<u64>() >= verified && verified > before.iter().sum());
+    }
 }
 
 #[test]
@@ -119,7 +132,7 @@ fn a_file_system_of_a_guest_that_writes_is_whole_in_the_copy() {
     let copy = served.path("copy.raw");
     served.back_up(&copy, "0");
     let then: u64 = machine.heard("SYNCED").last().unwrap().parse().unwrap();
-    let all = machine.stop();
+    let all = machine.stop()[0];
     assert!(synced < all);
     served.server.signal(Signal::SIGTERM);
     let device = LoopDevice::over(&copy, &[]);
