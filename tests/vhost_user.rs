@@ -195,6 +195,21 @@ fn a_second_frontend_is_refused_and_told_of_and_the_first_goes_on() {
     assert_eq!(said.matches("refused").count(), 1, "{said}");
 }
 
+#[test]
+fn a_guest_that_starts_again_is_served_though_we_have_not_heard_of_its_end() {
+    let served = Served::start();
+    let before = served.connect(1);
+    served.server.signal(Signal::SIGSTOP);
+    let mut again = UnixStream::connect(served.path("socket")).unwrap();
+    again.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    again.write_all(&[GET_FEATURES, 1, 0].map(u32::to_le_bytes).concat()).unwrap();
+    drop(before);
+    served.server.signal(Signal::SIGCONT);
+    let mut answer = [0; 20];
+    again.read_exact(&mut answer).unwrap();
+    assert_eq!(answer[..4], GET_FEATURES.to_le_bytes());
+}
+
 /// Does something to a frontend's queue 0, or says something.
 type Send = fn(&mut Frontend) -> std::io::Result<()>;
 
@@ -209,6 +224,14 @@ fn nonsense() -> Vec<(&'static str, Send)> {
         ("a queue whose size is no power of two", |f| f.send_pair(SET_VRING_NUM, 0, 100)),
         ("rings outside of memory", |f| f.send(SET_VRING_ADDR, &[0xFF; 40], None)),
         ("memory without a file", |f| f.send(SET_MEM_TABLE, &[1; 40], None)),
+        ("memory past the end of its file", |f| {
+            let file = tempfile::tempfile()?;
+            file.set_len(4096)?;
+            let table = [1, 0, MEMORY, OURS, 0].map(u64::to_le_bytes).concat();
+            f.send(SET_MEM_TABLE, &table, Some(file.as_fd()))?;
+            f.ring(0);
+            f.get(GET_FEATURES).map(drop)
+        }),
         ("features that were not offered", |f| f.send_u64(SET_FEATURES, u64::MAX)),
         ("a kick that is always ready", |f| {
             let zero = File::open("/dev/zero")?;
