@@ -13,10 +13,10 @@
 mod config;
 mod device;
 mod door;
-mod perform;
+pub mod perform;
 mod pool;
 mod queue;
-mod request;
+pub mod request;
 mod transfer;
 mod vring;
 
@@ -168,7 +168,7 @@ impl Shared {
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("vhost-user end".into());
             let end = thread.spawn_scoped(scope, || {
-                let ended = end(daemon, service);
+                let ended = see_out(daemon, service);
                 ring(&gone);
                 ended
             })?;
@@ -182,7 +182,7 @@ impl Shared {
 }
 
 /// Waits until a frontend has gone and what it had in flight has ended.
-fn end(mut daemon: Daemon, service: &Service) -> DaemonResult {
+fn see_out(mut daemon: Daemon, service: &Service) -> DaemonResult {
     let ended = daemon.wait();
     // The guest may go on to fill its queues.
     service.stop();

@@ -23,8 +23,11 @@ const UNMAP: u32 = blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 /// How a request went, for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
+    /// Done.
     Ok,
+    /// Not done, or not all of it.
     Failed,
+    /// Nothing that this disk does.
     Unsupported,
 }
 

@@ -24,11 +24,17 @@ pub struct Malformed;
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
+    /// VIRTIO_BLK_T_IN.
     Read,
+    /// VIRTIO_BLK_T_OUT.
     Write,
+    /// VIRTIO_BLK_T_FLUSH.
     Flush,
+    /// VIRTIO_BLK_T_GET_ID.
     Identify,
+    /// VIRTIO_BLK_T_DISCARD.
     Discard,
+    /// VIRTIO_BLK_T_WRITE_ZEROES.
     WriteZeroes,
     /// Something that we did not offer.
     Other,
@@ -137,6 +143,7 @@ impl Stream {
 /// A request, looked at but for its bounds on the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
+    /// What is to be done.
     pub operation: Operation,
     /// Where, in sectors.
     pub sector: u64,
