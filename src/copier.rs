@@ -15,6 +15,7 @@ use memmap2::MmapMut;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 /// Bytes moved at once: large enough that system calls don't count, small enough to stay in a core's cache.
 pub const CHUNK: u64 = 1 << 20;
@@ -27,6 +28,10 @@ const SALVAGE: u64 = 4 << 10;
 
 /// How much copying threads stand back behind a writer that shares the processors with them.
 const NICE: i32 = 15;
+/// How long after a trapped write a thread still rests, to leave a processor to those who write.
+const REST: Duration = Duration::from_millis(20);
+/// How often a thread that rests looks whether it is needed.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// What is copied, and to where.
 #[derive(Clone, Copy)]
@@ -46,7 +51,7 @@ pub struct Rules {
     pub granule: u64,
     /// Blocks of zero bytes of this size become holes; `None`: every byte is written.
     pub hole: Option<u64>,
-    /// Copying threads leave the processors to whoever else wants them: writers, and those who capture for them.
+    /// Copying threads stand back from the start; without that, from the first trapped write on.
     pub yields: bool,
     /// When a read fails.
     pub on_source_error: OnError,
@@ -83,6 +88,42 @@ pub struct Copier<'a> {
     losses: Mutex<Losses>,
 }
 
+/// What a copying thread does for writers on the same machine.
+struct Manners {
+    /// One of those that rest while writes are trapped: so many others go on that a processor is left to those who
+    /// write, and to those who capture for them.
+    is_spare: bool,
+    trapped: u64,
+    rests_until: Instant,
+}
+
+impl Manners {
+    fn of_thread(number: usize, processors: usize) -> Self {
+        Self { is_spare: number > 0 && number + 1 >= processors, trapped: 0, rests_until: Instant::now() }
+    }
+
+    /// Whether this thread is to rest now; `trapped` writes were trapped so far.
+    fn rests(&mut self, trapped: u64, now: Instant) -> bool {
+        if trapped > self.trapped {
+            if self.trapped == 0 {
+                stand_back();
+            }
+            self.trapped = trapped;
+            self.rests_until = now + REST;
+        }
+        self.is_spare && now < self.rests_until
+    }
+}
+
+/// Puts this thread last in line for a processor. Without the right to it the copy is only less polite.
+fn stand_back() {
+    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE);
+}
+
+fn processors() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// What a claim turned out to be.
 enum Found<'t> {
     Data(Claim<'t>),
@@ -104,9 +145,10 @@ impl<'a> Copier<'a> {
     /// until the job is cancelled. Nothing is flushed yet.
     pub fn run(self, workers: usize) -> Result<Losses> {
         let workers = if self.ends.target.properties().sequential { 1 } else { workers.max(1) };
+        let copier = &self;
         let results = thread::scope(|scope| {
-            let others: Vec<_> = (1..workers).map(|_| scope.spawn(|| self.work())).collect();
-            let own = self.work();
+            let others: Vec<_> = (1..workers).map(|number| scope.spawn(move || copier.work(number))).collect();
+            let own = copier.work(0);
             let others = others.into_iter().map(|thread| {
                 thread.join().unwrap_or_else(|_| Err(Error::new(Kind::Other, "a copying thread panicked")))
             });
@@ -125,24 +167,27 @@ impl<'a> Copier<'a> {
         Ok(losses)
     }
 
-    fn work(&self) -> Result<()> {
+    fn work(&self, number: usize) -> Result<()> {
         if self.rules.yields {
-            // Without the right to it the copy is only less polite.
-            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE);
+            stand_back();
         }
-        let result = self.work_until_done();
+        let result = self.work_until_done(Manners::of_thread(number, processors()));
         if result.is_err() {
             self.tracker.stop();
         }
         result
     }
 
-    fn work_until_done(&self) -> Result<()> {
+    fn work_until_done(&self, mut manners: Manners) -> Result<()> {
         let mut buffer = MmapMut::map_anon(CHUNK.max(self.rules.granule) as usize)
             .map_err(|error| Error::new(Kind::Other, format!("no memory for a copy buffer: {error}")))?;
         loop {
             if self.job.gate() == Gate::Cancelled {
                 return Err(cancelled());
+            }
+            if manners.rests(self.tracker.trapped(), Instant::now()) && self.tracker.dirty_bytes() > 0 {
+                thread::sleep(LOOK);
+                continue;
             }
             match self.next() {
                 Some(Found::Zero(claim)) => self.skip(claim, &buffer)?,
@@ -371,4 +416,29 @@ fn merge(ranges: &mut Vec<ByteRange>) {
         }
         adjacent
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_processor_is_left_to_those_who_write() {
+        for (processors, rest) in [(1, vec![1, 2, 3]), (2, vec![1, 2, 3]), (4, vec![3])] {
+            let resting = |number| Manners::of_thread(number, processors).rests(1, Instant::now());
+            assert_eq!((0..4).filter(|number| resting(*number)).collect::<Vec<_>>(), rest, "of {processors}");
+        }
+    }
+
+    #[test]
+    fn a_spare_thread_rests_for_a_while_after_each_trapped_write() {
+        let mut manners = Manners::of_thread(1, 2);
+        let begin = Instant::now();
+        let mut rests = |trapped, at| manners.rests(trapped, begin + at);
+        assert!(!rests(0, Duration::ZERO));
+        assert!(rests(1, LOOK) && rests(1, REST));
+        assert!(!rests(1, LOOK + REST));
+        assert!(rests(3, 2 * REST) && rests(4, 3 * REST - LOOK) && rests(4, 3 * REST));
+        assert!(!rests(4, 4 * REST));
+    }
 }

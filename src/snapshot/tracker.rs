@@ -47,6 +47,7 @@ struct Shared {
     state: CopyState,
     overlay_first: bool,
     stopped: bool,
+    trapped: u64,
     free_maps: Vec<Arc<dyn FreeMap>>,
 }
 
@@ -54,7 +55,7 @@ impl Tracker {
     /// Takes over `state`.
     pub fn new(state: CopyState) -> Self {
         let (size, disk) = (state.cluster_size(), ByteRange::new(0, state.length()));
-        let shared = Shared { state, overlay_first: false, stopped: false, free_maps: Vec::new() };
+        let shared = Shared { state, overlay_first: false, stopped: false, trapped: 0, free_maps: Vec::new() };
         Self { shared: Mutex::new(shared), changed: Condvar::new(), size, disk }
     }
 
@@ -98,6 +99,7 @@ impl Tracker {
         range: ByteRange,
         mut preserve: impl FnMut(ByteRange) -> Result<(), E>,
     ) -> Result<Granted, E> {
+        self.lock().trapped += 1;
         let mut rest = range.intersect(self.disk);
         let step = STEP.max(self.size.bytes());
         // What is free stays free, so steps may be granted one after the other.
@@ -159,6 +161,11 @@ impl Tracker {
     /// A copy failed after its clusters were released to writers: the target can no longer be made whole.
     pub fn is_lost(&self) -> bool {
         self.lock().state.is_lost()
+    }
+
+    /// Writes that were trapped so far.
+    pub fn trapped(&self) -> u64 {
+        self.lock().trapped
     }
 
     /// Bytes that are not yet on the target and in nobody's hands.
