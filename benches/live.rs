@@ -139,7 +139,6 @@ impl Daemon {
         let stream = connect(&socket);
         let lines = BufReader::new(stream.try_clone().unwrap());
         let mut daemon = Self { stream, lines, process };
-        daemon.answer();
         daemon.run(r#"{"execute":"qmp_capabilities"}"#);
         daemon
     }
@@ -159,12 +158,12 @@ impl Daemon {
         self.ask(r#"{"execute":"query-jobs"}"#).contains("[]")
     }
 
-    /// The next line that is no event.
+    /// The next line that answers a command.
     fn answer(&mut self) -> String {
         loop {
             let mut line = String::new();
-            self.lines.read_line(&mut line).unwrap();
-            if !line.contains("\"event\"") {
+            assert_ne!(self.lines.read_line(&mut line).unwrap(), 0, "qemu-storage-daemon has ended");
+            if line.contains("\"return\"") || line.contains("\"error\"") {
                 return line;
             }
         }
