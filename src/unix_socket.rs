@@ -9,9 +9,14 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Clients that wait to be let in.
 const BACKLOG: i32 = 128;
+/// For the lock of a folder. Whoever begins holds it for a moment.
+const LOCK_BOUND: Duration = Duration::from_secs(1);
+/// Between two attempts.
+const LOCK_LOOK: Duration = Duration::from_millis(5);
 
 /// A listening socket with its name, which is removed when this is dropped.
 #[derive(Debug)]
@@ -89,14 +94,22 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
-/// Held until it is closed.
+/// Held until it is closed. Waits for other servers that begin, not for one that stands still.
 fn lock_folder(path: &Path) -> io::Result<std::os::fd::OwnedFd> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = rustix::fs::open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    match rustix::fs::flock(&folder, FlockOperation::LockExclusive) {
-        // A file system without locks: then it is as good as can be.
-        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOLCK | Errno::NOSYS) => Ok(folder),
-        Err(e) => Err(e.into()),
+    let deadline = Instant::now() + LOCK_BOUND;
+    loop {
+        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            // A file system without locks: then it is as good as can be.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOLCK | Errno::NOSYS) => return Ok(folder),
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LOCK_LOOK),
+            Err(Errno::WOULDBLOCK) => {
+                return Err(io::Error::other("its folder is locked by a process that keeps the lock"));
+            }
+            Err(e) => return Err(e.into()),
+        }
     }
 }
 
@@ -171,5 +184,16 @@ mod tests {
         let _second = Bound::at(&path).unwrap();
         drop(first);
         UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn who_keeps_the_folder_locked_holds_nobody_for_long() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let lock = lock_folder(&path).unwrap();
+        let error = Bound::at(&path).unwrap_err();
+        assert!(error.to_string().contains("locked by a process that keeps the lock"), "{error}");
+        drop(lock);
+        Bound::at(&path).unwrap();
     }
 }
