@@ -107,6 +107,7 @@ fn ours(path: &Path, folder: &Path, work: Work, settings: &Settings) -> f64 {
         path: path.to_owned(),
         format: None,
         read_only: false,
+        secret: None,
         writer_dir: Some(folder.join("writers")),
     };
     let disk = Disk::open(&options).expect("it opens");

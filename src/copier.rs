@@ -11,6 +11,7 @@ use crate::monitor::{Event, Monitor, Warning};
 use crate::snapshot::copy_state::Holder;
 use crate::snapshot::overlay::Overlay;
 use crate::snapshot::tracker::{Claim, Tracker};
+use crate::snapshot::unallocated::Unallocated;
 use memmap2::MmapMut;
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -25,6 +26,9 @@ const SCAN: u64 = 1 << 30;
 const CHUNKS_PER_SECOND: u64 = 16;
 /// The least that the policy `ignore` gives up around a bad sector.
 const SALVAGE: u64 = 4 << 10;
+
+/// Between two looks for what writers have overwritten, where nothing else is copied.
+const IDLE: Duration = Duration::from_millis(50);
 
 /// How much copying threads stand back behind a writer that shares the processors with them.
 const NICE: i32 = 15;
@@ -42,6 +46,8 @@ pub struct Ends<'a> {
     pub overlay: Option<&'a Overlay>,
     /// Written to.
     pub target: &'a dyn Image,
+    /// Only what the source has allocated is copied; what of the overlay it had not at the instant is known here. `None`: all.
+    pub unallocated: Option<&'a Unallocated>,
 }
 
 /// What stays the same during a copy.
@@ -128,6 +134,8 @@ fn processors() -> usize {
 enum Found<'t> {
     Data(Claim<'t>),
     Zero(Claim<'t>),
+    /// Not to be copied.
+    Unallocated(Claim<'t>),
 }
 
 impl<'a> Copier<'a> {
@@ -155,16 +163,55 @@ impl<'a> Copier<'a> {
             std::iter::once(own).chain(others).collect::<Vec<_>>()
         });
         results.into_iter().collect::<Result<()>>()?;
-        if self.tracker.is_lost() {
-            return Err(Error::new(Kind::InstantLost, "a copy failed after its source had been released to a writer"));
-        }
+        self.refuse_lost()?;
         if !self.tracker.is_done() {
             return Err(Error::new(Kind::InstantLost, "the instant was given up before everything was copied"));
         }
+        Ok(self.losses())
+    }
+
+    /// Moves what writers overwrite, until the job is cancelled. Then `release` lets the writers go, and what was saved for them
+    /// is moved. Blocks; an error leaves the target without some of it. Nothing is flushed yet.
+    pub fn run_until_cancelled(mut self, release: impl FnOnce() -> Result<()>) -> Result<Losses> {
+        let moved = self.move_saved(true).and_then(|()| release()).and_then(|()| {
+            // Nobody is there any more to resume it.
+            self.rules.on_target_error = self.rules.on_target_error.without_stop();
+            self.rules.on_source_error = self.rules.on_source_error.without_stop();
+            self.move_saved(false)
+        });
+        moved.inspect_err(|_| self.tracker.stop())?;
+        Ok(self.losses())
+    }
+
+    /// What is saved, and what will be as long as the job `waits`.
+    fn move_saved(&self, waits: bool) -> Result<()> {
+        let mut buffer = self.buffer()?;
+        while !waits || self.job.gate() == Gate::Go {
+            match self.tracker.claim_saved(self.chunk()) {
+                Some(claim) => self.copy(claim, &mut buffer)?,
+                None if waits && !self.tracker.is_stopped() => self.job.rest(IDLE),
+                None => break,
+            }
+        }
+        self.refuse_lost()?;
+        match self.tracker.is_stopped() || waits && !self.job.is_cancelled() {
+            true => Err(Error::new(Kind::InstantLost, "the instant was given up")),
+            false => Ok(()),
+        }
+    }
+
+    fn refuse_lost(&self) -> Result<()> {
+        match self.tracker.is_lost() {
+            true => Err(Error::new(Kind::InstantLost, "a copy failed after its source had been released to a writer")),
+            false => Ok(()),
+        }
+    }
+
+    fn losses(self) -> Losses {
         let mut losses = self.losses.into_inner().unwrap_or_else(PoisonError::into_inner);
         merge(&mut losses.unreadable);
         merge(&mut losses.skipped);
-        Ok(losses)
+        losses
     }
 
     fn work(&self, number: usize) -> Result<()> {
@@ -179,8 +226,7 @@ impl<'a> Copier<'a> {
     }
 
     fn work_until_done(&self, mut manners: Manners) -> Result<()> {
-        let mut buffer = MmapMut::map_anon(CHUNK.max(self.rules.granule) as usize)
-            .map_err(|error| Error::new(Kind::Other, format!("no memory for a copy buffer: {error}")))?;
+        let mut buffer = self.buffer()?;
         loop {
             if self.job.gate() == Gate::Cancelled {
                 return Err(cancelled());
@@ -192,37 +238,63 @@ impl<'a> Copier<'a> {
             match self.next() {
                 Some(Found::Zero(claim)) => self.skip(claim, &buffer)?,
                 Some(Found::Data(claim)) => self.copy(claim, &mut buffer)?,
+                Some(Found::Unallocated(claim)) => self.pass(claim),
                 None => return Ok(()),
             }
         }
     }
 
+    fn buffer(&self) -> Result<MmapMut> {
+        MmapMut::map_anon(CHUNK.max(self.rules.granule) as usize)
+            .map_err(|error| Error::new(Kind::Other, format!("no memory for a copy buffer: {error}")))
+    }
+
     /// Claims the next run of one kind: a chunk of data, or any length of zeroes.
     fn next(&self) -> Option<Found<'a>> {
         let mut claim = self.tracker.claim_next(self.chunk())?;
-        let (mut first, holder) = claim.first_piece();
-        if holder == Holder::Overlay {
-            return Some(Found::Data(self.cut(claim, first.length)));
-        }
-        let mut extent = self.status(first);
+        let mut extent = self.extent(&claim);
         if extent.allocation != Allocation::Data && extent.range.length == claim.range().length {
             // Nobody waits for a run of zeroes for long, so it may be large.
             claim.grow(SCAN);
-            first = claim.first_piece().0;
-            extent = self.status(first);
-        }
-        if extent.allocation == Allocation::Data {
-            return Some(Found::Data(self.cut(claim, extent.range.length)));
+            let (first, holder) = claim.first_piece();
+            let grown = self.status(first, holder);
+            if grown.range.length > extent.range.length {
+                extent = grown;
+            }
         }
         let whole = extent.range.length / self.rules.granule * self.rules.granule;
-        if extent.range.end() == claim.range().end() {
-            Some(Found::Zero(claim))
-        } else if whole > 0 {
-            claim.shrink(whole);
-            Some(Found::Zero(claim))
-        } else {
-            Some(Found::Data(self.cut(claim, extent.range.length)))
+        let is_all = extent.range.end() == claim.range().end();
+        if extent.allocation == Allocation::Data || !is_all && whole == 0 {
+            return Some(Found::Data(self.cut(claim, extent.range.length)));
         }
+        if !is_all {
+            claim.shrink(whole);
+        }
+        match (extent.allocation, self.ends.unallocated) {
+            (Allocation::Unallocated, Some(_)) => Some(Found::Unallocated(claim)),
+            _ => Some(Found::Zero(claim)),
+        }
+    }
+
+    /// The first extent of a claim. What is not to be copied goes on from holder to holder, since one granule may have both.
+    fn extent(&self, claim: &Claim<'_>) -> Extent {
+        let (first, holder) = claim.first_piece();
+        let mut extent = self.status(first, holder);
+        let passes = extent.allocation == Allocation::Unallocated && self.ends.unallocated.is_some();
+        if !passes || extent.range.end() < first.end() {
+            return extent;
+        }
+        for (piece, holder) in claim.pieces().into_iter().skip(1) {
+            let next = self.status(piece, holder);
+            if next.allocation != Allocation::Unallocated {
+                break;
+            }
+            extent.range.length += next.range.length;
+            if next.range.end() < piece.end() {
+                break;
+            }
+        }
+        extent
     }
 
     /// Keeps `length` bytes of a claim, rounded up to whole granules.
@@ -235,7 +307,10 @@ impl<'a> Copier<'a> {
     }
 
     /// Where the status can't be told, reading will tell what is wrong.
-    fn status(&self, range: ByteRange) -> Extent {
+    fn status(&self, range: ByteRange, holder: Holder) -> Extent {
+        if holder == Holder::Overlay {
+            return self.ends.unallocated.map_or(Extent::data(range), |unallocated| unallocated.status(range));
+        }
         self.ends.source.block_status(range).unwrap_or(Extent::data(range.prefix(self.rules.granule)))
     }
 
@@ -266,6 +341,14 @@ impl<'a> Copier<'a> {
         self.land(claim);
         self.job.count_zero(range.length);
         Ok(())
+    }
+
+    /// A run that the target's backing file answers for.
+    fn pass(&self, mut claim: Claim<'_>) {
+        let range = claim.range();
+        claim.source_read();
+        self.land(claim);
+        self.job.count_zero(range.length);
     }
 
     fn copy(&self, mut claim: Claim<'_>, buffer: &mut [u8]) -> Result<()> {

@@ -155,6 +155,14 @@ impl Job {
         }
     }
 
+    /// Blocks for `duration`, or less: until somebody asks something of the job.
+    pub fn rest(&self, duration: Duration) {
+        let control = self.control();
+        if !control.is_over() {
+            drop(self.wake.wait_timeout(control, duration));
+        }
+    }
+
     /// Charges bytes that were moved to the speed's budget. Never blocks.
     pub fn charge(&self, bytes: u64) {
         self.control().throttle.charge(bytes);
@@ -351,6 +359,15 @@ impl Job {
     /// What has to be undone when nobody can wait for the job: it may hang in an I/O call for ever.
     pub fn on_abandon(&self, undo: impl FnOnce() + Send + 'static) {
         self.control().abandon.push(Box::new(undo));
+    }
+
+    /// It is over: lets go of what was to be undone, and of what was read for watchers. May block as long as closing files does.
+    pub fn settle(&self) {
+        let (undo, gauges) = {
+            let mut control = self.control();
+            (std::mem::take(&mut control.abandon), control.gauges.take())
+        };
+        drop((undo, gauges));
     }
 
     /// Undoes, the newest first, once. May block as long as the undoings do.

@@ -2,7 +2,7 @@
 
 #![cfg(feature = "cli")]
 
-use drive_backup::cli::manual::{completions, page, restore_page, serve_page, verify_page};
+use drive_backup::cli::manual::{completions, ctl_page, page, restore_page, serve_page, verify_page};
 use std::path::Path;
 use std::process::Command;
 use std::{env, fs};
@@ -23,6 +23,7 @@ fn the_manual_pages_are_up_to_date() {
     check("man/drive-backup-serve.1", &serve_page().unwrap());
     check("man/drive-backup-verify.1", &verify_page().unwrap());
     check("man/drive-backup-restore.1", &restore_page().unwrap());
+    check("man/drive-backup-ctl.1", &ctl_page().unwrap());
 }
 
 #[test]
@@ -61,6 +62,10 @@ fn the_manual_pages_render_without_a_warning() {
             assert!(text.lines().any(|line| line == section), "{section} is missing");
         }
     }
+    let text = rendered(&ctl_page().unwrap());
+    for section in ["NAME", "OPTIONS", "COMMANDS", "EXAMPLES", "FILES", "EXIT STATUS", "SEE ALSO"] {
+        assert!(text.lines().any(|line| line == section), "{section} is missing");
+    }
     let text = rendered(&serve_page().unwrap());
     for section in ["NAME", "OPTIONS", "EXAMPLES", "EXIT STATUS", "SIGNALS", "BACKUPS", "JSON", "SEE ALSO"] {
         assert!(text.lines().any(|line| line == section), "{section} is missing");
@@ -71,6 +76,7 @@ fn the_manual_pages_render_without_a_warning() {
 fn every_flag_of_the_help_is_in_the_manual_and_the_completions() {
     every_flag_is_in(&["--help"], &page().unwrap(), 20);
     every_flag_is_in(&["serve", "--help"], &serve_page().unwrap(), 10);
+    every_flag_is_in(&["ctl", "--help"], &ctl_page().unwrap(), 3);
 }
 
 fn every_flag_is_in(arguments: &[&str], page: &[u8], at_least: usize) {

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "nbd")]
 use super::foreign;
-use super::options::{Mode, Options, Target};
+use super::options::{Mode, Options, SyncMode, Target};
 use super::origin::Origin;
 use super::outcome::TargetState;
 use crate::error::{Error, Kind, Result, Side, reason};
@@ -91,6 +91,7 @@ impl Destination {
             }
         };
         origin.refuse_as_target(path)?;
+        refuse_without_backing(options, path, origin)?;
         let is_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());
         match options.mode {
             _ if is_device => Self::in_place(options, path, origin, TargetKind::Device),
@@ -426,7 +427,30 @@ fn split(protection: Protection) -> (Option<ImageLock>, Vec<Warning>) {
 
 fn new_qcow2(file: Arc<Raw>, options: &Options, origin: &Origin) -> Result<NewQcow2> {
     let cluster_size = options.cluster_size.unwrap_or(CreateOptions::DEFAULT_CLUSTER_SIZE);
-    NewQcow2::create(file, origin.length(), CreateOptions { cluster_size, compression: options.compression })
+    let image =
+        NewQcow2::create(file, origin.length(), CreateOptions { cluster_size, compression: options.compression })?;
+    match origin.backing() {
+        Some(backing) => image.over(backing.clone()),
+        None => Ok(image),
+    }
+}
+
+/// Of a part of a disk the rest has to be somewhere: behind a new target. One that is there has what it needs, if it can.
+fn refuse_without_backing(options: &Options, path: &Path, origin: &Origin) -> Result<()> {
+    let may_be_any = options.mode == Mode::Existing && options.sync != SyncMode::None;
+    if origin.backing().is_none() || may_be_any {
+        return Ok(());
+    }
+    let format = match (options.format, options.mode) {
+        (Some(format), _) => format,
+        (None, Mode::Existing) => format_of_content(&Raw::open(path, Side::Target)?, path)?,
+        (None, Mode::AbsolutePaths) => format_of_extension(path).unwrap_or_else(|| as_source(origin)),
+    };
+    match format {
+        Format::Qcow2 => Ok(()),
+        // QEMU's words.
+        _ => Err(Error::new(Kind::Usage, format!("Backing file not supported for file format '{format}'"))),
+    }
 }
 
 fn format_of_extension(path: &Path) -> Option<Format> {

@@ -32,7 +32,8 @@ pub fn source(remote: &Remote, how: &SourceOptions) -> Result<Source> {
         return open_elsewhere(Arc::new(open(None)?), remote.name(), format);
     };
     let image = open(Some(foreign))?;
-    Ok(Source { virtual_size: image.length(), image: Arc::new(image), format, files: Vec::new(), warnings: Vec::new() })
+    let (virtual_size, files, warnings) = (image.length(), Vec::new(), Vec::new());
+    Ok(Source { virtual_size, image: Arc::new(image), format, files, warnings, top: None })
 }
 
 fn start(image: &Qemu, remote: &Remote) -> Result<Vec<u8>> {

@@ -3,7 +3,7 @@
 
 use super::destination::Destination;
 use super::guard::{Gauge, Guard};
-use super::options::{Options, OverlayPlace, SnapshotChoice, WriterChoice};
+use super::options::{Options, OverlayPlace, SnapshotChoice, SyncMode, WriterChoice};
 use super::origin::Origin;
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::cluster::ClusterSize;
@@ -24,6 +24,7 @@ use crate::snapshot::copy_state::{CopyState, Plan};
 use crate::snapshot::overlay::Overlay;
 use crate::snapshot::preserve::Preserver;
 use crate::snapshot::tracker::Tracker;
+use crate::snapshot::unallocated::Unallocated;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant as Clock, SystemTime};
@@ -58,6 +59,8 @@ pub struct Moment {
     granule: u64,
     tracker: Arc<Tracker>,
     overlay: Option<Arc<Overlay>>,
+    /// Where only that is copied which is allocated.
+    unallocated: Option<Arc<Unallocated>>,
     writers: Option<Arc<Writers>>,
     locks: Vec<ImageLock>,
 }
@@ -129,11 +132,14 @@ impl Moment {
             granule,
             tracker,
             overlay: None,
+            unallocated: disk.origin.only_allocated().then(|| Arc::new(Unallocated::new(length, cluster_size))),
             writers: writers.map(Arc::new),
             locks: Vec::new(),
         };
         let attached = moment.writers.as_ref().map_or(0, |writers| writers.attached());
-        if disk.options.snapshot != SnapshotChoice::Overlay && moment.clone_from(disk)? {
+        // A clone would not tell what its writers overwrite.
+        let may_clone = disk.options.snapshot != SnapshotChoice::Overlay && disk.options.sync != SyncMode::None;
+        if may_clone && moment.clone_from(disk)? {
             moment.how = Instant::Reflink;
         } else if disk.options.snapshot == SnapshotChoice::Reflink {
             let path = &disk.options.device;
@@ -224,6 +230,7 @@ impl Moment {
             Some(overlay) => {
                 self.tracker.attach_free_map(writers.free_map());
                 let preserver = Preserver::new(self.tracker.clone(), self.image.clone(), overlay.clone());
+                let preserver = preserver.noting(self.unallocated.clone());
                 let guard = Guard::new(preserver, disk.job);
                 let gauge = Gauge::new(overlay.clone(), writers.clone());
                 disk.job.set_gauges(Arc::new(gauge));
@@ -257,6 +264,11 @@ impl Moment {
     /// Where overwritten clusters are, if there can be writers.
     pub fn overlay(&self) -> Option<&Overlay> {
         self.overlay.as_deref()
+    }
+
+    /// What the overlay holds though it was not allocated; `None`: that makes no difference.
+    pub fn unallocated(&self) -> Option<&Unallocated> {
+        self.unallocated.as_deref()
     }
 
     /// How it was taken.

@@ -13,7 +13,9 @@ mod rehearsal;
 mod view;
 
 pub use crate::ring::server::OnCbwError;
-pub use options::{Mode, Options, OverlayPlace, ProofOptions, Restoring, SnapshotChoice, Target, WriterChoice};
+pub use options::{
+    Mode, Options, OverlayPlace, ProofOptions, Restoring, SnapshotChoice, SyncMode, Target, WriterChoice,
+};
 pub use outcome::{Failure, Summary, TargetState};
 pub use rehearsal::rehearse_all;
 
@@ -66,10 +68,14 @@ pub fn run_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
         Err(refusal) => return refuse_all(disks.len(), *refusal, ended),
     };
     thread::scope(|scope| {
-        let copies =
-            disks.iter().zip(started).enumerate().map(|(place, (&disk, (ready, moment)))| {
-                scope.spawn(move || ended(place, back_up(disk, ready, &moment)))
-            });
+        let copies = disks.iter().zip(started).enumerate().map(|(place, (&disk, (ready, moment)))| {
+            scope.spawn(move || {
+                let result = back_up(disk, ready, &moment);
+                // Whoever hears of the end may begin the next backup at once.
+                drop(moment);
+                ended(place, result);
+            })
+        });
         let copies: Vec<_> = copies.collect();
         copies.into_iter().for_each(|copy| copy.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
     });
@@ -93,6 +99,7 @@ fn start<'a>(disks: &[Disk<'a>]) -> Result<Vec<(Ready<'a>, Moment)>, Box<Refusal
 
 fn open(disk: Disk<'_>) -> Result<Ready<'_>> {
     let Disk { options, job, monitor } = disk;
+    options.check_sync()?;
     let mut origin = Origin::open(options)?;
     let read = |path: &PathBuf| Contents::read(path, origin.length());
     let expected = options.proof.expected.as_ref().map(read).transpose()?;
@@ -132,6 +139,9 @@ fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary,
     let failure = |(error, target)| Failure { error, target };
     moment.warnings().for_each(|warning| monitor.event(Event::Warning(warning)));
     monitor.event(Event::Started(&started(options, &origin, &destination, moment)));
+    if options.sync == SyncMode::None {
+        return Err(keep_overwritten(disk, &origin, destination, moment));
+    }
     let proof = Proof::of(disk, origin.length(), expected, moment);
     let copied = match proven_copy(disk, &origin, &destination, moment, proof) {
         Ok(copied) => copied,
@@ -161,6 +171,25 @@ fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary,
         unreadable: losses.unreadable,
         skipped: losses.skipped,
     })
+}
+
+/// Copies what writers overwrite until the job is cancelled, which keeps the target: that is no failure but for its name.
+fn keep_overwritten(disk: Disk<'_>, origin: &Origin, destination: Destination, moment: &Moment) -> Failure {
+    let Disk { options, job, monitor } = disk;
+    job.enter(Phase::Copy);
+    let copied = copier(disk, moment, &destination, None).run_until_cancelled(|| moment.check(origin).map(drop));
+    let copied = copied.map_err(|error| moment.lost().unwrap_or(error)).and_then(|_| destination.flush());
+    let published = match copied {
+        Ok(()) => destination.publish(options.fsync),
+        Err(error) => Err(destination.give_up(error, false)),
+    };
+    match published {
+        Ok(warnings) => {
+            warnings.iter().for_each(|warning| monitor.event(Event::Warning(warning)));
+            Failure { error: Error::new(Kind::Cancelled, "cancelled"), target: TargetState::Complete }
+        }
+        Err((error, target)) => Failure { error, target },
+    }
 }
 
 /// A copy that only lacks its name.
@@ -213,11 +242,19 @@ fn started(options: &Options, origin: &Origin, destination: &Destination, moment
 
 /// Moves every byte of the moment to the destination.
 fn copy(disk: Disk<'_>, moment: &Moment, destination: &Destination, hashing: Option<Hashing<'_>>) -> Result<Losses> {
-    let Disk { options, job, monitor } = disk;
     if moment.is_on_target() {
-        job.count_data(moment.image().length());
+        disk.job.count_data(moment.image().length());
         return Ok(Losses::default());
     }
+    copier(disk, moment, destination, hashing).run(disk.options.workers)
+}
+
+fn copier<'a>(
+    Disk { options, job, monitor }: Disk<'a>,
+    moment: &'a Moment,
+    destination: &'a Destination,
+    hashing: Option<Hashing<'a>>,
+) -> Copier<'a> {
     let target = destination.image();
     let rules = Rules {
         granule: moment.granule(),
@@ -226,6 +263,7 @@ fn copy(disk: Disk<'_>, moment: &Moment, destination: &Destination, hashing: Opt
         on_source_error: options.on_source_error,
         on_target_error: options.on_target_error,
     };
-    let ends = Ends { source: moment.image(), overlay: moment.overlay(), target };
-    Copier::new(job, monitor, moment.tracker(), ends, rules).hashing(hashing).run(options.workers)
+    let (source, overlay, unallocated) = (moment.image(), moment.overlay(), moment.unallocated());
+    let ends = Ends { source, overlay, target, unallocated };
+    Copier::new(job, monitor, moment.tracker(), ends, rules).hashing(hashing)
 }

@@ -1,5 +1,6 @@
 //! What a backup is asked to do: resolved, checked for itself, free of flags and defaults.
 
+use crate::error::{Error, Kind, Result};
 use crate::ground::policy::OnError;
 use crate::hook::Hook;
 use crate::image::format::Format;
@@ -17,6 +18,19 @@ pub enum Mode {
     AbsolutePaths,
     /// Write into an image that is there.
     Existing,
+}
+
+/// QEMU's MirrorSyncMode, as far as no bitmap takes part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SyncMode {
+    /// Everything that the disk holds.
+    #[default]
+    Full,
+    /// What the image itself holds, without its backing file; a new target names the same one. Without a backing file: all.
+    Top,
+    /// What writers overwrite, from the instant until the job is cancelled, which is its only good end. A new target is backed
+    /// by the source: both together are the disk as of the instant, for as long as nobody writes the source untrapped.
+    None,
 }
 
 /// Where the copy goes.
@@ -104,6 +118,8 @@ pub struct Options {
     pub source_format: Option<Format>,
     /// What opens an encrypted source.
     pub secret: Option<Secret>,
+    /// What is copied.
+    pub sync: SyncMode,
     /// Follow the source's backing chain; otherwise a chain is refused.
     pub backing: bool,
     /// Where to.
@@ -156,4 +172,18 @@ pub struct Options {
     pub on_source_error: OnError,
     /// When background writes fail.
     pub on_target_error: OnError,
+}
+
+impl Options {
+    /// A target that holds a part of the disk can't be compared with all of it, and has to be an image.
+    pub(super) fn check_sync(&self) -> Result<()> {
+        let is_proven = self.proof != ProofOptions::default() || self.restoring != Restoring::default();
+        if self.sync != SyncMode::Full && (is_proven || !matches!(self.target, Target::At(_))) {
+            return Err(Error::new(
+                Kind::Usage,
+                "a part of a disk is neither verified nor restored, and goes into an image",
+            ));
+        }
+        Ok(())
+    }
 }

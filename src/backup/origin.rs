@@ -2,7 +2,7 @@
 
 #[cfg(feature = "nbd")]
 use super::foreign;
-use super::options::Options;
+use super::options::{Options, SyncMode};
 use super::view;
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::ByteRange;
@@ -17,6 +17,8 @@ use crate::image::nbd::{Nbd, Use};
 use crate::image::open::open_elsewhere;
 use crate::image::open::{Source, SourceFile, SourceOptions, open_source};
 use crate::image::prefix::Prefix;
+use crate::image::qcow2::header::Backing;
+use crate::image::top::Top;
 use crate::job::Job;
 use crate::monitor::Warning;
 #[cfg(feature = "nbd")]
@@ -28,12 +30,53 @@ use std::sync::Arc;
 pub struct Origin {
     name: PathBuf,
     source: Source,
+    /// For [`SyncMode::Top`] of an image that has a backing file, and [`SyncMode::None`].
+    backing: Option<Backing>,
+    only_allocated: bool,
 }
 
 impl Origin {
     /// Opens the image and its backing chain. Nothing is locked yet.
     pub fn open(options: &Options) -> Result<Self> {
-        Ok(Self { name: options.device.name().to_owned(), source: Self::source(options)? })
+        let mut source = Self::source(options)?;
+        let only_allocated = Self::narrow(&mut source, options.sync);
+        let backing = match options.sync {
+            SyncMode::Full => None,
+            SyncMode::Top => source.top.as_ref().map(|top| top.backing.clone()),
+            SyncMode::None => Some(Self::as_backing(options, source.format)?),
+        };
+        Ok(Self { name: options.device.name().to_owned(), source, backing, only_allocated })
+    }
+
+    /// Leaves what only the backing file holds unallocated, if that is asked for and there is one.
+    fn narrow(source: &mut Source, sync: SyncMode) -> bool {
+        let Some(top) = source.top.as_ref().filter(|_| sync == SyncMode::Top) else { return false };
+        source.image = Arc::new(Top::of(top.image.clone(), source.image.clone()));
+        true
+    }
+
+    /// The source as a backing file of the target.
+    fn as_backing(options: &Options, format: Format) -> Result<Backing> {
+        let Location::Path(path) = &options.device else {
+            let what = format!("a target can't be backed by '{}': only by a file or a device", options.device);
+            return Err(Error::new(Kind::Usage, what));
+        };
+        if let Format::Foreign(foreign) = format {
+            let what = format!("'{}' is {}, of which nobody traps writes", path.display(), foreign.name());
+            return Err(Error::new(Kind::Usage, what));
+        }
+        let path = path.canonicalize().map_err(|e| Error::file(Side::Source, "open", path, e))?;
+        Ok(Backing { name: path.into_os_string(), format: Some(format.name().to_owned()) })
+    }
+
+    /// What a new target names as its backing file.
+    pub fn backing(&self) -> Option<&Backing> {
+        self.backing.as_ref()
+    }
+
+    /// Is only that to be copied which is allocated?
+    pub fn only_allocated(&self) -> bool {
+        self.only_allocated
     }
 
     fn source(options: &Options) -> Result<Source> {
@@ -67,7 +110,8 @@ impl Origin {
 
     /// The disk's contents, from tables that are read again.
     pub fn reopen(&self, options: &Options) -> Result<Arc<dyn Image>> {
-        let again = Self::source(options)?;
+        let mut again = Self::source(options)?;
+        Self::narrow(&mut again, options.sync);
         if again.format != self.format() || again.image.length() != self.length() {
             let what = format!("source '{}' was replaced while it was opened", options.device);
             return Err(Error::new(Kind::Source, what));

@@ -52,6 +52,14 @@ pub fn restore_page() -> io::Result<Vec<u8>> {
     subcommand_page("restore", "drive-backup restore [OPTION]... --target PATH IMAGE", RESTORE_SECTIONS)
 }
 
+/// Its sections beside the flags: COMMANDS, EXAMPLES, FILES, EXIT STATUS, SEE ALSO.
+const CTL_SECTIONS: &str = include_str!("manual/ctl.roff");
+
+/// drive-backup-ctl(1), in roff.
+pub fn ctl_page() -> io::Result<Vec<u8>> {
+    subcommand_page("ctl", "drive-backup ctl [OPTION]... status|speed RATE|pause|resume|cancel|watch", CTL_SECTIONS)
+}
+
 fn subcommand_page(name: &str, synopsis: &'static str, sections: &str) -> io::Result<Vec<u8>> {
     let command = environment::command();
     let found = command.find_subcommand(name).expect("it is defined").clone().name(format!("drive-backup-{name}"));

@@ -57,7 +57,8 @@ impl Remote {
             let path = disk.device.name();
             let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
             let device = name_of(&path, |name| nodes.iter().all(|node| node.device != name));
-            nodes.push(Node { device, path, format: disk.source_format, length: None, read_only: false });
+            let format = disk.source_format;
+            nodes.push(Node { device, path, format, length: None, read_only: false, secret: None });
         }
         let new = nodes.iter().zip(jobs).map(|(node, job)| New {
             id: node.device.clone(),

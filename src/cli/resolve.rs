@@ -9,7 +9,7 @@ use super::progress::Style;
 use super::signs::Files;
 use super::steer::{Course, Steering};
 use crate::backup::{
-    Mode, OnCbwError, Options, OverlayPlace, ProofOptions, Restoring, SnapshotChoice, Target, WriterChoice,
+    Mode, OnCbwError, Options, OverlayPlace, ProofOptions, Restoring, SnapshotChoice, SyncMode, Target, WriterChoice,
 };
 use crate::error::{Error, Kind, Result};
 use crate::ground::policy::OnError;
@@ -173,6 +173,7 @@ fn options(args: &Args, secrets: &Secrets, device: &Path, target: &Path) -> Resu
             NewImageMode::AbsolutePaths => Mode::AbsolutePaths,
             NewImageMode::Existing => Mode::Existing,
         },
+        sync: SyncMode::Full,
         restoring: Restoring::default(),
         proof: ProofOptions::default(),
         cluster_size: args.cluster_size,
@@ -230,6 +231,7 @@ pub fn reading(image: &Path, target: Target) -> Result<Options> {
         target,
         format: None,
         mode: Mode::AbsolutePaths,
+        sync: SyncMode::Full,
         restoring: Restoring::default(),
         proof: ProofOptions::default(),
         cluster_size: None,

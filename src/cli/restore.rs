@@ -6,7 +6,7 @@ use super::pairs;
 use super::resolve::{self, Plan, Shown, is_dash};
 use super::signs::Files;
 use super::steer::{Course, Steering};
-use crate::backup::{Mode, Options, ProofOptions, Restoring, Target};
+use crate::backup::{Mode, Options, ProofOptions, Restoring, SyncMode, Target};
 use crate::error::{Error, Kind, Result};
 use crate::image::format::Format;
 use crate::image::location::Location;
@@ -126,6 +126,7 @@ pub fn plan(args: RestoreArgs) -> Result<Plan> {
         source_format: args.source_format.map(Into::into),
         format,
         mode,
+        sync: SyncMode::Full,
         restoring: Restoring { onto_larger: true, only_changed: args.only_changed },
         proof: ProofOptions { verify: args.verify, manifest: None, expected: args.manifest },
         direct: args.direct,

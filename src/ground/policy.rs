@@ -46,6 +46,14 @@ impl OnError {
             Self::Stop => Action::Stop,
         }
     }
+
+    /// Where nobody can resume the job any more.
+    pub fn without_stop(self) -> Self {
+        match self {
+            Self::Stop | Self::Enospc => Self::Report,
+            other => other,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -60,6 +68,9 @@ mod tests {
             assert_eq!(OnError::Report.action(no_space), Action::Report);
             assert_eq!(OnError::Ignore.action(no_space), Action::Ignore);
             assert_eq!(OnError::Stop.action(no_space), Action::Stop);
+            for policy in [OnError::Report, OnError::Ignore, OnError::Enospc, OnError::Stop] {
+                assert_ne!(policy.without_stop().action(no_space), Action::Stop);
+            }
         }
     }
 }

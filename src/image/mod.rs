@@ -27,6 +27,7 @@ pub mod stability;
 pub mod stream;
 mod sys;
 pub mod target;
+pub mod top;
 
 use crate::ground::range::{ByteRange, Extent};
 use std::fs::File;

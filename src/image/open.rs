@@ -6,7 +6,7 @@ use super::format::{Foreign, Format};
 #[cfg(feature = "nbd")]
 use super::lock;
 use super::probe::{self, probe};
-use super::qcow2::header::{Header, incompatible};
+use super::qcow2::header::{self, Header, incompatible};
 use super::qcow2::{Cache, Qcow2};
 #[cfg(feature = "nbd")]
 use super::qemu::{self, Qemu};
@@ -73,6 +73,16 @@ pub struct Source {
     pub files: Vec<SourceFile>,
     /// What its user should know: full lines.
     pub warnings: Vec<String>,
+    /// The image on its own, where it has a backing file.
+    pub top: Option<TopLayer>,
+}
+
+/// A qcow2 image without what is behind it.
+pub struct TopLayer {
+    /// What it does not hold is unallocated.
+    pub image: Arc<dyn Image>,
+    /// What is behind it, by a path that does not depend on where it is named, and its format.
+    pub backing: header::Backing,
 }
 
 /// Opens the image at `path` with its backing chain and external data files, for reading.
@@ -85,26 +95,31 @@ pub fn open_source(path: &Path, options: &SourceOptions) -> Result<Source> {
 
 /// [`open_source`] of an image that `through` leads to, in place of `path`, which names it and its backing files' folder.
 pub fn open_covered(path: &Path, through: &Path, options: &SourceOptions) -> Result<Source> {
-    let mut opening = Opening { options, files: Vec::new(), warnings: Vec::new(), cache: Cache::default(), l1_size: 0 };
+    let mut opening = Opening::new(options);
     let first = opening.file_through(path, through, Role::Image)?;
     let format = match options.format {
         Some(format) => format,
         None => opening.probe(path, &first)?,
     };
+    let mut top = None;
     let image = match format {
         Format::Raw => first,
-        Format::Qcow2 => Arc::new(Chain::new(opening.chain(path, first)?)),
+        Format::Qcow2 => {
+            let layers = opening.chain(path, first)?;
+            top = opening.below.take().map(|backing| TopLayer { image: layers[0].clone(), backing });
+            Arc::new(Chain::new(layers))
+        }
         Format::Foreign(format) => opening.foreign(path, format)?,
     };
     let Opening { files, warnings, .. } = opening;
-    Ok(Source { virtual_size: image.length(), image, format, files, warnings })
+    Ok(Source { virtual_size: image.length(), image, format, files, warnings, top })
 }
 
 /// A source whose bytes are `image`, which is no file of this machine; `name` is for messages. Not probed. A qcow2 with
 /// a backing or data file is refused: the names in it are another machine's.
 pub fn open_elsewhere(image: Arc<dyn Image>, name: &Path, format: Format) -> Result<Source> {
     let options = &SourceOptions { format: Some(format), backing: false, direct: false, secret: None, shared: false };
-    let mut opening = Opening { options, files: Vec::new(), warnings: Vec::new(), cache: Cache::default(), l1_size: 0 };
+    let mut opening = Opening::new(options);
     let image = match format {
         Format::Raw => image,
         Format::Qcow2 => {
@@ -121,7 +136,7 @@ pub fn open_elsewhere(image: Arc<dyn Image>, name: &Path, format: Format) -> Res
             return Err(Error::new(Kind::Usage, what));
         }
     };
-    Ok(Source { virtual_size: image.length(), image, format, files: Vec::new(), warnings: opening.warnings })
+    Ok(Source { virtual_size: image.length(), image, format, files: Vec::new(), warnings: opening.warnings, top: None })
 }
 
 impl SourceOptions {
@@ -148,7 +163,7 @@ pub struct Backing {
 pub fn open_backing(path: &Path) -> Result<Option<Backing>> {
     let options =
         &SourceOptions { format: Some(Format::Qcow2), backing: true, direct: false, secret: None, shared: false };
-    let mut opening = Opening { options, files: Vec::new(), warnings: Vec::new(), cache: Cache::default(), l1_size: 0 };
+    let mut opening = Opening::new(options);
     let first = opening.file(path, Role::Image)?;
     let mut layers = opening.chain(path, first)?;
     layers.remove(0);
@@ -167,6 +182,8 @@ struct Opening<'a> {
     cache: Cache,
     /// Bytes of all L1 tables so far.
     l1_size: u64,
+    /// What the first image of a chain names.
+    below: Option<header::Backing>,
 }
 
 /// A backing file to be opened.
@@ -176,7 +193,20 @@ struct Link {
     named_by: PathBuf,
 }
 
-impl Opening<'_> {
+impl Link {
+    /// For an image in any other folder.
+    fn as_backing(&self) -> Result<header::Backing> {
+        let path = std::path::absolute(&self.path).map_err(|e| Error::file(Side::Source, "open", &self.path, e))?;
+        Ok(header::Backing { name: path.into_os_string(), format: Some(self.format.name().to_owned()) })
+    }
+}
+
+impl<'a> Opening<'a> {
+    fn new(options: &'a SourceOptions) -> Self {
+        let (files, warnings) = (Vec::new(), Vec::new());
+        Self { options, files, warnings, cache: Cache::default(), l1_size: 0, below: None }
+    }
+
     fn file(&mut self, path: &Path, role: Role) -> Result<Arc<dyn Image>> {
         self.file_through(path, path, role)
     }
@@ -230,6 +260,7 @@ impl Opening<'_> {
     /// The layers of the qcow2 image `file` at `path`, the top one first.
     fn chain(&mut self, path: &Path, file: Arc<dyn Image>) -> Result<Vec<Arc<dyn Image>>> {
         let (top, mut link) = self.layer(path, file, 0)?;
+        self.below = link.as_ref().map(Link::as_backing).transpose()?;
         let mut layers = vec![top];
         while let Some(Link { path, format, named_by }) = link.take() {
             let within = |error| within("backing file", &named_by, error);

@@ -78,10 +78,8 @@ pub fn execute(shared: &Shared, name: &str, given: &Map<String, Value>, negotiat
         "query-block" => Ok(shared.query_block()),
         "query-block-jobs" => Ok(shared.jobs.shown().iter().map(|entry| entry.block_job()).collect::<Vec<_>>().into()),
         "query-jobs" => Ok(shared.jobs.shown().iter().map(|entry| entry.job()).collect::<Vec<_>>().into()),
-        "quit" => {
-            shared.quit();
-            done()
-        }
+        // Once it is answered: the end comes at any time from then on.
+        "quit" => done(),
         "drive-backup" => shared.drive_backup(given),
         "transaction" => shared.transaction(given),
         _ => verb(shared, name, given),

@@ -146,10 +146,13 @@ impl Jobs {
     pub fn verb(&self, entry: &Arc<Entry>, verb: Verb) -> Result<(), Refusal> {
         let job = &entry.new.job;
         let paused = !entry.state().concluded && job.snapshot().paused.is_some();
-        match verb {
-            Verb::Resume if !paused => return Err(Refusal::generic("Can't resume a job that was not paused")),
-            Verb::Pause if paused => return Err(Refusal::generic("Job is already paused")),
-            _ => entry.allow(verb)?,
+        // In QEMU's order.
+        if verb == Verb::Resume && !paused {
+            return Err(Refusal::generic("Can't resume a job that was not paused"));
+        }
+        entry.allow(verb)?;
+        if verb == Verb::Pause && paused {
+            return Err(Refusal::generic("Job is already paused"));
         }
         match verb {
             Verb::Cancel => job.cancel(),
@@ -292,5 +295,80 @@ impl Monitor for Entry {
         }
         let data = json!({"device": self.new.id, "operation": operation, "action": action.name()});
         self.hub.event("BLOCK_JOB_ERROR", data);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ground::status::Phase;
+    use std::thread;
+
+    /// A job in this status, the others of its transaction still to come, if it needs that.
+    fn entry_in(jobs: &Jobs, status: Status) -> Arc<Entry> {
+        let job = Arc::new(Job::new(None));
+        let (id, device) = (String::from("j"), String::from("d0"));
+        let new = New { id, device, job: Arc::clone(&job), auto_finalize: true, auto_dismiss: false, group: None };
+        let entry = jobs.reserve(vec![new]).unwrap().remove(0);
+        entry.show(None);
+        if status != Status::Created {
+            job.enter(Phase::Copy);
+        }
+        match status {
+            Status::Paused => job.pause(),
+            Status::Waiting => job.hold(),
+            Status::Pending => job.require_finalize(),
+            Status::Aborting => job.interrupt(),
+            Status::Concluded => entry.conclude(None),
+            _ => {}
+        }
+        if matches!(status, Status::Waiting | Status::Pending) {
+            let waits = Arc::clone(&job);
+            // Ends with the process, if nobody completes the job.
+            thread::spawn(move || waits.complete());
+            while job.status() != status {
+                thread::yield_now();
+            }
+        }
+        assert_eq!(entry.status(), status);
+        entry
+    }
+
+    #[test]
+    fn every_verb_in_every_status_of_a_backup_does_what_the_table_says() {
+        use Status::{Aborting, Concluded, Created, Paused, Pending, Running, Waiting};
+        for status in [Created, Running, Paused, Waiting, Pending, Aborting, Concluded] {
+            for verb in Verb::ALL {
+                let jobs = Jobs::default();
+                let entry = entry_in(&jobs, status);
+                let said = jobs.verb(&entry, verb).err().map(|refusal| refusal.text);
+                let (name, word) = (status.name(), verb.name());
+                let expected = match (status, verb) {
+                    (Paused, Verb::Pause) => Some("Job is already paused".to_owned()),
+                    (_, Verb::Resume) if status != Paused => Some("Can't resume a job that was not paused".to_owned()),
+                    _ if !status.accepts(verb) => {
+                        Some(format!("Job 'j' in state '{name}' cannot accept command verb '{word}'"))
+                    }
+                    (_, Verb::Change) => Some("Job type does not support change".to_owned()),
+                    _ => None,
+                };
+                assert_eq!(said, expected, "{word} in {name}");
+                let now = entry.status();
+                match (status, verb) {
+                    (Created, Verb::Pause) | (Running, Verb::Pause) => {
+                        assert!(entry.new.job.snapshot().paused.is_some())
+                    }
+                    (Paused, Verb::Resume) => assert_eq!(now, Running),
+                    (Concluded, Verb::Dismiss) => assert!(jobs.job("j").is_err(), "it is gone"),
+                    (Created | Running | Paused | Waiting | Pending, Verb::Cancel) => assert_eq!(now, Aborting),
+                    (Pending, Verb::Finalize) => {
+                        while !entry.new.job.is_committed() {
+                            thread::yield_now();
+                        }
+                    }
+                    _ => assert_eq!(now, status, "{word} changes nothing"),
+                }
+            }
+        }
     }
 }

@@ -5,6 +5,7 @@ use super::jobs::Jobs;
 use super::{client, wire};
 use crate::error::{Error, Kind, Result};
 use crate::image::format::Format;
+use crate::image::secret::Secret;
 use crate::ring::folder::{self, Folder};
 use crate::unix_socket::{self, Bound};
 use serde_json::{Value, json};
@@ -35,6 +36,8 @@ pub struct Node {
     pub length: Option<u64>,
     /// Nobody writes it.
     pub read_only: bool,
+    /// What opens it, where it is encrypted, and a copy of the same format. Never shown.
+    pub secret: Option<Secret>,
 }
 
 /// What a server is for.

@@ -7,7 +7,7 @@ use super::server::{Node, Shared};
 use super::wire::{Answer, Class, Refusal};
 use crate::backup::{
     self, Disk, Failure, Mode, OnCbwError, Options, OverlayPlace, ProofOptions, Restoring, SnapshotChoice, Summary,
-    Target, WriterChoice,
+    SyncMode, Target, WriterChoice,
 };
 use crate::error::{Error, Kind, reason};
 use crate::ground::life::Status;
@@ -15,7 +15,6 @@ use crate::ground::policy::OnError;
 use crate::image::format::Format;
 use crate::image::identity;
 use crate::image::location::Location;
-use crate::image::open::open_backing;
 use crate::image::qcow2::CompressOptions;
 use crate::image::qcow2::header::Compression;
 use crate::job::Job;
@@ -90,6 +89,8 @@ impl Running {
     }
 
     fn ended(&self, jobs: &Jobs, result: Result<Summary, Failure>) {
+        // It may be listed for long, and must not hold files that long.
+        self.entry.new.job.settle();
         match result {
             Err(failure) if !self.is_started.load(Relaxed) => {
                 jobs.forget(&self.entry);
@@ -250,15 +251,16 @@ fn options(given: &Map<String, Value>, node: &Node, writer_dir: Option<&Path>) -
         Some("existing") => Mode::Existing,
         _ => Mode::AbsolutePaths,
     };
-    refuse_unsupported(given, node)?;
+    let sync = sync(given)?;
     let format = match (text(given, "format"), mode) {
         (None, Mode::Existing) => None,
         // As in QEMU, whatever the target is called.
         (None, _) => node.format,
-        (Some("raw"), _) => Some(Format::Raw),
-        (Some("qcow2"), _) => Some(Format::Qcow2),
-        (Some(other), Mode::Existing) => return Err(Refusal::generic(format!("Unknown driver '{other}'"))),
-        (Some(other), _) => return Err(Refusal::generic(format!("Unknown file format '{other}'"))),
+        (Some(name), mode) => match (name.parse(), mode) {
+            (Ok(format), _) => Some(format),
+            (Err(_), Mode::Existing) => return Err(Refusal::generic(format!("Unknown driver '{name}'"))),
+            (Err(_), _) => return Err(Refusal::generic(format!("Unknown file format '{name}'"))),
+        },
     };
     let compress = flag(given, "compress") == Some(true);
     if compress && (format != Some(Format::Qcow2) || mode == Mode::Existing) {
@@ -281,13 +283,14 @@ fn options(given: &Map<String, Value>, node: &Node, writer_dir: Option<&Path>) -
     Ok(Options {
         device: Location::from(&node.path),
         source_format: node.format,
+        sync,
         backing: true,
         target: Target::At(Location::from(target)),
         format,
         mode,
         cluster_size: None,
-        secret: None,
-        target_secret: None,
+        secret: node.secret.clone(),
+        target_secret: node.secret.clone(),
         restoring: Restoring::default(),
         proof: ProofOptions::default(),
         hook_frozen: None,
@@ -314,27 +317,22 @@ fn options(given: &Map<String, Value>, node: &Node, writer_dir: Option<&Path>) -
     })
 }
 
-fn refuse_unsupported(given: &Map<String, Value>, node: &Node) -> Result<(), Refusal> {
-    let sync = text(given, "sync").unwrap_or("full");
-    let why = match sync {
-        "incremental" | "bitmap" => Some("dirty bitmaps are not supported yet"),
-        "none" => Some("a target that is backed by its source is not supported"),
-        "top" if has_backing(node) => Some("an image with a backing file is always copied whole"),
-        _ => None,
-    };
-    if let Some(why) = why {
-        return Err(Refusal::generic(format!("sync mode '{sync}' is not supported: {why}")));
-    }
+/// What is copied. What can't be asked for yet is refused by name.
+fn sync(given: &Map<String, Value>) -> Result<SyncMode, Refusal> {
     for name in ["bitmap", "bitmap-mode", "discard-source", "filter-node-name"] {
         if given.get(name).is_some_and(|value| *value != Value::Bool(false)) {
             return Err(Refusal::generic(format!("Parameter '{name}' is not supported")));
         }
     }
-    Ok(())
-}
-
-fn has_backing(node: &Node) -> bool {
-    node.format == Some(Format::Qcow2) && open_backing(&node.path).is_ok_and(|backing| backing.is_some())
+    match text(given, "sync") {
+        None | Some("full") => Ok(SyncMode::Full),
+        Some("top") => Ok(SyncMode::Top),
+        Some("none") => Ok(SyncMode::None),
+        Some(other) => {
+            let why = format!("sync mode '{other}' is not supported: dirty bitmaps are not supported yet");
+            Err(Refusal::generic(why))
+        }
+    }
 }
 
 /// x-perf, checked as QEMU does.

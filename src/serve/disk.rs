@@ -17,6 +17,7 @@ use crate::image::open::{SourceFile, SourceOptions, open_backing, open_source};
 use crate::image::probe::{self, Probe, probe};
 use crate::image::qcow2::{ExistingQcow2, Qcow2};
 use crate::image::raw::Raw;
+use crate::image::secret::Secret;
 use crate::image::target::{InPlace, open_alone};
 use crate::image::{Image, Properties};
 use crate::ring::folder::shown::Sign;
@@ -46,6 +47,8 @@ pub struct DiskOptions {
     pub format: Option<Format>,
     /// Nobody writes it: every change is refused, and others may read it too.
     pub read_only: bool,
+    /// What opens an encrypted disk, which can only be read.
+    pub secret: Option<Secret>,
     /// Where backups find this writer; `None`: [`folder::default_path`].
     pub writer_dir: Option<PathBuf>,
 }
@@ -128,7 +131,8 @@ impl Disk {
             let what = format!("disk '{}' is mounted at '{}'", path.display(), at.display());
             return Err(Error::new(Kind::Busy, what));
         }
-        let how = SourceOptions { format: options.format, backing: true, direct: false, secret: None, shared: false };
+        let (format, secret) = (options.format, options.secret.clone());
+        let how = SourceOptions { format, backing: true, direct: false, secret, shared: false };
         let source = open_source(path, &how)?;
         let mut locks = Locks { warnings: source.warnings, locks: Vec::new() };
         locks.read(&source.files)?;

@@ -137,10 +137,9 @@ impl CopyState {
         if self.is_done() {
             return Next::Done;
         }
-        let saved = if overlay_first && !self.plan.ascending { self.saved_granules(limit) } else { None };
-        if let Some(clusters) = saved {
-            self.saved_cursor = clusters.end;
-            return Next::Claim(self.claim(clusters, Work::Copy { source_read: false }));
+        let saved = if overlay_first && !self.plan.ascending { self.claim_saved(limit) } else { None };
+        if let Some(claim) = saved {
+            return Next::Claim(claim);
         }
         let count = self.dirty.len();
         let found = self.dirty_granules(self.cursor, count, limit).or_else(|| {
@@ -159,6 +158,13 @@ impl CopyState {
             }
             None => Next::Wait,
         }
+    }
+
+    /// A run of granules that the overlay holds at least in part; at most `limit` bytes, but one granule at least.
+    pub fn claim_saved(&mut self, limit: u64) -> Option<Claim> {
+        let clusters = self.saved_granules(limit)?;
+        self.saved_cursor = clusters.end;
+        Some(self.claim(clusters, Work::Copy { source_read: false }))
     }
 
     /// Keeps the first `length` bytes of a claim, whole granules, and gives the rest back. Before the source is read.

@@ -6,3 +6,5 @@ pub mod overlay;
 #[cfg(feature = "engine")]
 pub mod preserve;
 pub mod tracker;
+#[cfg(feature = "engine")]
+pub mod unallocated;

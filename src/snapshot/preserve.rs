@@ -6,6 +6,7 @@ use crate::ground::zero::is_zero;
 use crate::image::Image;
 use crate::snapshot::overlay::Overlay;
 use crate::snapshot::tracker::{Granted, Tracker};
+use crate::snapshot::unallocated::Unallocated;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Shared by all preserving threads.
@@ -13,6 +14,7 @@ pub struct Preserver {
     tracker: Arc<Tracker>,
     source: Arc<dyn Image>,
     overlay: Arc<Overlay>,
+    unallocated: Option<Arc<Unallocated>>,
     /// One for each thread that ever captured at the same time: a capture should not wait for fresh pages.
     buffers: Mutex<Vec<Vec<u8>>>,
 }
@@ -29,7 +31,12 @@ pub struct Preserved {
 impl Preserver {
     /// `source` and `overlay` have the length of the disk that `tracker` tracks.
     pub fn new(tracker: Arc<Tracker>, source: Arc<dyn Image>, overlay: Arc<Overlay>) -> Self {
-        Self { tracker, source, overlay, buffers: Mutex::default() }
+        Self { tracker, source, overlay, unallocated: None, buffers: Mutex::default() }
+    }
+
+    /// The same, for a copy of what is allocated: what of it was not is remembered there.
+    pub fn noting(self, unallocated: Option<Arc<Unallocated>>) -> Self {
+        Self { unallocated, ..self }
     }
 
     /// Whose clusters are preserved.
@@ -62,6 +69,9 @@ impl Preserver {
     }
 
     fn capture(&self, run: ByteRange, bytes: &mut [u8]) -> Result<()> {
+        if let Some(unallocated) = &self.unallocated {
+            unallocated.note(&*self.source, run);
+        }
         self.source.read_at(bytes, run.offset).map_err(|error| Error::io(Side::Source, "read", run, error))?;
         if is_zero(bytes) { self.overlay.save_zeroes(run) } else { self.overlay.save(bytes, run.offset) }
     }

@@ -81,6 +81,17 @@ impl Tracker {
         }
     }
 
+    /// The next run that the overlay holds at least in part; at most `limit` bytes, but one granule of the plan at least. `None`:
+    /// there is none now, or it was stopped or lost. Does not block.
+    pub fn claim_saved(&self, limit: u64) -> Option<Claim<'_>> {
+        let mut shared = self.lock();
+        if shared.is_over() {
+            return None;
+        }
+        let claim = shared.state.claim_saved(limit)?;
+        Some(Claim { tracker: self, claim: Some(claim) })
+    }
+
     /// From now on [`Tracker::claim_next`] takes what the overlay holds first, or again by position.
     pub fn set_overlay_first(&self, on: bool) {
         self.lock().overlay_first = on;

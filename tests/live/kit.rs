@@ -1,7 +1,7 @@
 //! What the tests of the whole path share: chance that can be replayed, disks that describe themselves, defaults.
 
 use drive_backup::backup::{
-    Mode, OnCbwError, Options, OverlayPlace, ProofOptions, Restoring, SnapshotChoice, Target, WriterChoice,
+    Mode, OnCbwError, Options, OverlayPlace, ProofOptions, Restoring, SnapshotChoice, SyncMode, Target, WriterChoice,
 };
 use drive_backup::ground::policy::OnError;
 use drive_backup::image::format::Format;
@@ -102,6 +102,7 @@ pub fn options(device: &Path, target: &Path, folder: &Path) -> Options {
         target: Target::At(target.into()),
         format: Some(Format::Raw),
         mode: Mode::AbsolutePaths,
+        sync: SyncMode::Full,
         restoring: Restoring::default(),
         proof: ProofOptions::default(),
         cluster_size: None,

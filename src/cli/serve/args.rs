@@ -1,6 +1,7 @@
 //! The flags of `drive-backup serve`.
 
 use crate::cli::args::ImageFormat;
+use crate::image::secret::SecretPlace;
 use clap::{Args, ValueHint};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -37,6 +38,10 @@ pub struct ServeArgs {
     /// Refuse every change; others may read the disks too
     #[arg(long, help_heading = DISK)]
     pub read_only: bool,
+
+    /// Where the secret is that opens encrypted disks, which can only be read: file:PATH, fd:N or env:NAME
+    #[arg(long, value_name = "PLACE", requires = "read_only", help_heading = DISK)]
+    pub secret: Option<SecretPlace>,
 
     /// Where backups find this server
     ///

@@ -3,6 +3,7 @@
 use super::args::ServeArgs;
 use crate::error::{Error, Kind, Result};
 use crate::image::format::Format;
+use crate::image::secret::SecretPlace;
 use crate::serve::disk::DiskOptions;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -58,6 +59,7 @@ pub fn plan(args: &ServeArgs) -> Result<Plan> {
 }
 
 fn disks(args: &ServeArgs) -> Result<Vec<DiskOptions>> {
+    let secret = args.secret.as_ref().map(SecretPlace::read).transpose()?;
     let mut disks: Vec<DiskOptions> = Vec::new();
     for given in &args.device {
         let (name, path) = split(given, "--device")?;
@@ -74,6 +76,7 @@ fn disks(args: &ServeArgs) -> Result<Vec<DiskOptions>> {
             path,
             format: args.format.map(Format::from),
             read_only: args.read_only,
+            secret: secret.clone(),
             writer_dir: args.writer_dir.clone(),
         });
     }

@@ -310,14 +310,15 @@ fn open(plan: &Plan, notify: &Notify, quit: impl Fn() + Send + Sync + 'static) -
 
 fn remote_setup(plan: &Plan, disks: &[Arc<Disk>], quit: impl Fn() + Send + Sync + 'static) -> Setup {
     let mut nodes: Vec<Node> = Vec::new();
-    for disk in disks {
+    for (disk, asked) in disks.iter().zip(&plan.disks) {
         let path = disk.path().canonicalize().unwrap_or_else(|_| disk.path().to_owned());
         let device = match valid_id(disk.name()) {
             true => disk.name().to_owned(),
             false => name_of(&path, |name| nodes.iter().all(|node| node.device != name)),
         };
         let (format, length) = (Some(disk.format()), Some(disk.length()));
-        nodes.push(Node { device, path, format, length, read_only: disk.is_read_only() });
+        let (read_only, secret) = (disk.is_read_only(), asked.secret.clone());
+        nodes.push(Node { device, path, format, length, read_only, secret });
     }
     let writer_dir = plan.disks.first().and_then(|disk| disk.writer_dir.clone());
     Setup { nodes, writer_dir: Some(writer_dir.unwrap_or_else(folder::default_path)), quit: Box::new(quit) }

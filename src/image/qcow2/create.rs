@@ -5,8 +5,8 @@
 
 use super::bump::Bump;
 use super::compress::{self, CompressOptions};
-use super::finish::{self, Geometry};
-use super::header::Compression;
+use super::finish::{self, About, Geometry};
+use super::header::{BACKING_NAME_LIMIT, Backing, Compression};
 use super::run_map::{Place, Run, RunMap};
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::{ByteRange, Extent};
@@ -42,6 +42,7 @@ pub struct NewQcow2 {
     length: u64,
     geometry: Geometry,
     compression: Option<CompressOptions>,
+    backing: Option<Backing>,
     state: Mutex<State>,
 }
 
@@ -73,7 +74,19 @@ impl NewQcow2 {
             bump: Bump::new(options.cluster_size, geometry.host_limit(options.compression.is_some())),
             runs: RunMap::new(options.cluster_size),
         };
-        Ok(Self { file, length, geometry, compression: options.compression, state: Mutex::new(state) })
+        Ok(Self { file, length, geometry, compression: options.compression, backing: None, state: Mutex::new(state) })
+    }
+
+    /// The same over a backing file, which answers for what is never written; zeroes are then recorded as such. Only its
+    /// name is needed here. Refuses one that no header holds.
+    pub fn over(self, backing: Backing) -> Result<Self> {
+        let length = backing.name.len() as u64;
+        // The header, its extensions and the name are within the first cluster.
+        if length > u64::from(BACKING_NAME_LIMIT).min(self.geometry.cluster_size / 2) {
+            let what = format!("'{}' is too long for the name of a backing file", backing.name.display());
+            return Err(Error::new(Kind::Usage, what));
+        }
+        Ok(Self { backing: Some(backing), ..self })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -224,8 +237,12 @@ impl Image for NewQcow2 {
         let state = self.state();
         let to = |end: u64| ByteRange::between(range.offset, range.end().min(end.saturating_mul(size)));
         Ok(match state.runs.find(cluster) {
+            Some((first, Run { count, place: Place::Zero })) => Extent::zero(to(first + count)),
             Some((first, run)) => Extent::data(to(first + run.count)),
-            None => Extent::zero(to(state.runs.next_from(cluster).unwrap_or(u64::MAX))),
+            None => {
+                let range = to(state.runs.next_from(cluster).unwrap_or(u64::MAX));
+                if self.backing.is_some() { Extent::unallocated(range) } else { Extent::zero(range) }
+            }
         })
     }
 
@@ -242,7 +259,7 @@ impl Image for NewQcow2 {
         }
     }
 
-    /// There is no backing file, so what nothing holds reads as zeroes.
+    /// Without a backing file what nothing holds reads as zeroes.
     fn write_zeroes(&self, range: ByteRange) -> io::Result<()> {
         let mut state = self.writing()?;
         let inner = self.inner_clusters(range);
@@ -251,7 +268,12 @@ impl Image for NewQcow2 {
         if !range.is_empty() && (written(outer.start) || written(outer.end - 1)) {
             return Err(invalid("zeroes over part of a cluster that was written"));
         }
-        state.runs.remove(inner);
+        match &self.backing {
+            _ if range.is_empty() => {}
+            Some(_) if inner != outer => return Err(invalid("zeroes over part of a cluster of the backing file")),
+            Some(_) => state.runs.insert(inner.start, Run::zero(inner.end - inner.start)),
+            _ => state.runs.remove(inner),
+        }
         Ok(())
     }
 
@@ -271,7 +293,8 @@ impl Image for NewQcow2 {
         }
         state.stage = Stage::Lost;
         let kind = self.compression.map_or(Compression::Zlib, |compression| compression.kind);
-        finish::finish(self.file.as_ref(), &self.geometry, kind, &state.runs, state.bump.end())?;
+        let about = About { compression: kind, backing: self.backing.as_ref() };
+        finish::finish(self.file.as_ref(), &self.geometry, about, &state.runs, state.bump.end())?;
         state.stage = Stage::Finished;
         Ok(())
     }
@@ -280,7 +303,7 @@ impl Image for NewQcow2 {
         Properties {
             cluster_size: self.geometry.cluster_size,
             alignment: self.file.properties().alignment,
-            reads_zero: true,
+            reads_zero: self.backing.is_none(),
             sequential: false,
         }
     }

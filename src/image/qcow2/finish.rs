@@ -3,9 +3,9 @@
 //! The file: header cluster, data, L2 tables, L1 table, refcount table, refcount blocks. Memory: a few buffers of a
 //! bounded size and the L1 and refcount tables, whatever the image's size.
 
-use super::header::{CLUSTER_BITS, Compression, Header, L1_LIMIT, REFCOUNT_TABLE_LIMIT, incompatible};
+use super::header::{Backing, CLUSTER_BITS, Compression, Header, L1_LIMIT, REFCOUNT_TABLE_LIMIT, incompatible};
 use super::run_map::{Place, Run, RunMap};
-use super::table::{COMPRESSED, COPIED, SECTOR};
+use super::table::{COMPRESSED, COPIED, SECTOR, ZERO};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use std::io;
@@ -81,15 +81,18 @@ impl Geometry {
     }
 }
 
+/// What a header says beside the geometry.
+#[derive(Clone, Copy, Debug)]
+pub struct About<'a> {
+    /// Of compressed clusters.
+    pub compression: Compression,
+    /// What answers for clusters that the image does not hold.
+    pub backing: Option<&'a Backing>,
+}
+
 /// Makes `file` an image: what `runs` says is where it says, and the file is in use up to `data_end`. Blocks until
 /// everything is on stable storage.
-pub fn finish(
-    file: &dyn Image,
-    geometry: &Geometry,
-    compression: Compression,
-    runs: &RunMap,
-    data_end: u64,
-) -> io::Result<()> {
+pub fn finish(file: &dyn Image, geometry: &Geometry, about: About<'_>, runs: &RunMap, data_end: u64) -> io::Result<()> {
     let mut out = Batch::new(file, data_end);
     let l1 = write_l2_tables(&mut out, geometry, runs)?;
     let l1_offset = out.end();
@@ -99,7 +102,7 @@ pub fn finish(
     write_refcounts(&mut out, geometry, runs, data_end, refcounts)?;
     out.write()?;
     file.flush()?;
-    file.write_at(&header(geometry, compression, l1_offset, refcounts)?, 0)?;
+    file.write_at(&header(geometry, about, l1_offset, refcounts)?, 0)?;
     file.flush()
 }
 
@@ -141,6 +144,7 @@ impl Run {
                     at += u64::from(lengths[n]);
                     geometry.packed_entry(host, u64::from(lengths[n]))
                 }
+                Place::Zero => ZERO,
             }
         })
     }
@@ -148,6 +152,7 @@ impl Run {
     fn host(&self) -> u64 {
         match self.place {
             Place::Plain { host } | Place::Packed { host, .. } => host,
+            Place::Zero => 0,
         }
     }
 
@@ -165,6 +170,7 @@ impl Run {
                     at = end;
                 }
             }
+            Place::Zero => {}
         }
     }
 }
@@ -236,10 +242,11 @@ fn write_refcounts(
 /// Version 3, as short as it can be.
 fn header(
     geometry: &Geometry,
-    compression: Compression,
+    about: About<'_>,
     l1_table_offset: u64,
     refcounts: RefcountLayout,
 ) -> io::Result<Vec<u8>> {
+    let About { compression, backing } = about;
     let header = Header {
         version: 3,
         cluster_bits: geometry.cluster_bits(),
@@ -255,12 +262,12 @@ fn header(
         autoclear_features: 0,
         refcount_order: REFCOUNT_BITS.trailing_zeros(),
         compression,
-        backing: None,
+        backing: backing.cloned(),
         data_file: None,
         bitmaps: false,
     };
     let mut bytes = header.encode()?;
-    bytes.resize(geometry.cluster_size.min(4096) as usize, 0);
+    bytes.resize(bytes.len().max(geometry.cluster_size.min(4096) as usize), 0);
     Ok(bytes)
 }
 

@@ -11,6 +11,8 @@ pub enum Place {
     Plain { host: u64 },
     /// Compressed clusters, one after the other: the bytes that each one takes.
     Packed { host: u64, lengths: Box<[u32]> },
+    /// Nowhere: they read as zeroes, whatever the backing file holds.
+    Zero,
 }
 
 /// Consecutive guest clusters that are consecutive in the file.
@@ -33,10 +35,16 @@ impl Run {
         Self { count: lengths.len() as u64, place: Place::Packed { host, lengths: lengths.into() } }
     }
 
+    /// `count` clusters of zeroes.
+    pub fn zero(count: u64) -> Self {
+        Self { count, place: Place::Zero }
+    }
+
     /// Its clusters from number `from` up to, without, `to`.
     fn part(&self, from: u64, to: u64, cluster_size: u64) -> Self {
         match &self.place {
             Place::Plain { host } => Self::plain(host + from * cluster_size, to - from),
+            Place::Zero => Self::zero(to - from),
             Place::Packed { host, lengths } => {
                 let before: u64 = lengths[..from as usize].iter().map(|&length| u64::from(length)).sum();
                 Self::packed(host + before, &lengths[from as usize..to as usize])
@@ -102,6 +110,10 @@ impl RunMap {
     fn extend_previous(&mut self, first: u64, run: &Run) -> bool {
         let Some((&before, previous)) = self.runs.range_mut(..first).next_back() else { return false };
         match (&previous.place, &run.place) {
+            (Place::Zero, Place::Zero) if before + previous.count == first => {
+                previous.count += run.count;
+                true
+            }
             (Place::Plain { host: old }, Place::Plain { host: new })
                 if before + previous.count == first && old + previous.count * self.cluster_size == *new =>
             {
@@ -131,6 +143,7 @@ mod tests {
                         at += u64::from(length);
                     }
                 }
+                Place::Zero => all.extend((0..run.count).map(|n| (first + n, 0, 0))),
             }
         }
         all
@@ -144,12 +157,15 @@ mod tests {
         assert_eq!(map.iter().collect::<Vec<_>>(), [(4, &Run::plain(1024, 5))]);
         map.insert(9, Run::plain(4096, 1));
         assert_eq!(map.iter().count(), 2, "not consecutive in the file");
+        map.insert(10, Run::zero(2));
+        map.insert(12, Run::zero(5));
+        assert_eq!(map.iter().last(), Some((10, &Run::zero(7))));
     }
 
     proptest! {
         #[test]
         fn the_last_write_of_a_cluster_holds(
-            steps in proptest::collection::vec((0u64..40, 1u64..12, 0u8..3), 1..40)
+            steps in proptest::collection::vec((0u64..40, 1u64..12, 0u8..4), 1..40)
         ) {
             let mut map = RunMap::new(512);
             let mut model = std::collections::BTreeMap::new();
@@ -160,6 +176,10 @@ mod tests {
                 }
                 match kind {
                     0 => map.remove(first..first + count),
+                    3 => {
+                        map.insert(first, Run::zero(count));
+                        model.extend((0..count).map(|n| (first + n, (0, 0))));
+                    }
                     1 => {
                         map.insert(first, Run::plain(host, count));
                         model.extend((0..count).map(|n| (first + n, (host + n * 512, 0))));

@@ -10,6 +10,7 @@ fn options(folder: &TempDir, path: &Path) -> DiskOptions {
         path: path.to_owned(),
         format: None,
         read_only: false,
+        secret: None,
         writer_dir: Some(folder.path().join("writers")),
     }
 }

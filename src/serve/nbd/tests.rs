@@ -133,7 +133,8 @@ impl Image for Plain {
 }
 
 fn disk(image: Arc<dyn Image>, read_only: bool) -> Arc<Disk> {
-    let options = DiskOptions { name: "disk".into(), path: "disk".into(), format: None, read_only, writer_dir: None };
+    let (name, path) = ("disk".into(), "disk".into());
+    let options = DiskOptions { name, path, format: None, read_only, secret: None, writer_dir: None };
     Arc::new(Disk::over(&options, image))
 }
 

@@ -323,7 +323,8 @@ fn copier_takes_the_instant_of_a_sparse_disk_that_is_written() {
         let plan = Plan { granule: CLUSTER << random.below(3), ascending: random.one_in(8) };
         let bench = Bench::new(Disk::new(length), None, plan);
         let job = Job::new(None);
-        let ends = Ends { source: &*bench.disk, overlay: Some(&bench.overlay), target: &bench.target };
+        let (source, overlay) = (&*bench.disk, Some(&*bench.overlay));
+        let ends = Ends { source, overlay, target: &bench.target, unallocated: None };
         let (on_source_error, on_target_error) = (OnError::Report, OnError::Report);
         let hole = random.one_in(2).then_some(CLUSTER);
         let rules = Rules { granule: plan.granule, hole, yields: false, on_source_error, on_target_error };

@@ -56,7 +56,7 @@ fn disk() -> &'static Arc<Disk> {
     DISK.get_or_init(|| {
         let raw = Raw::fresh(tempfile::tempfile().unwrap(), LENGTH).unwrap();
         let options =
-            DiskOptions { name: "d".into(), path: "d".into(), format: None, read_only: false, writer_dir: None };
+            DiskOptions { name: "d".into(), path: "d".into(), format: None, read_only: false, secret: None, writer_dir: None };
         Arc::new(Disk::over(&options, Arc::new(raw)))
     })
 }

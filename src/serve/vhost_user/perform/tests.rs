@@ -34,6 +34,7 @@ fn options(folder: &Path, read_only: bool) -> DiskOptions {
         path: folder.join("disk.raw"),
         format: Some(crate::image::format::Format::Raw),
         read_only,
+        secret: None,
         writer_dir: Some(folder.join("writers")),
     }
 }

@@ -1,0 +1,133 @@
+//! `drive-backup ctl`, and runs that are watched and steered.
+
+use crate::kit::{Bench, Client};
+use crate::support::bytes::noise;
+use crate::support::{BINARY, PATIENCE, Running, drive_backup, run, sparse_file, text, wait_for};
+use expectrl::process::unix::WaitStatus;
+use expectrl::{Expect, Regex};
+use serde_json::{Value, json};
+use std::fs;
+
+#[test]
+fn a_plain_run_is_found_watched_and_steered() {
+    let bench = Bench::new();
+    let (disk, target, folder, qmp) = (bench.path("disk.raw"), bench.path("t.raw"), bench.path("w"), bench.unix("qmp"));
+    let dir = ["--writer-dir", text(&folder)];
+    let flags =
+        ["--device", text(&disk), "--target", text(&target), "--speed", "1M", "--snapshot=overlay", "--qmp", &qmp];
+    let backup = Running::drive_backup(&[&flags[..], &dir].concat());
+    let mut client = Client::connect(&bench.path("qmp"));
+    wait_for("the copy", || (client.job()["offset"].as_u64() > Some(0)).then_some(()));
+    let ctl = |words: &[&str]| drive_backup(&[&["ctl", "--job", text(&disk)], &dir[..], words].concat());
+    ctl(&["pause"]).succeeds();
+    let shown = ctl(&["status", "--json"]).succeeds().stdout.clone();
+    let shown: Value = serde_json::from_slice(&shown).unwrap();
+    assert_eq!((&shown[0]["status"], &shown[0]["device"]), (&"paused".into(), &"disk".into()));
+    ctl(&["pause"]).fails(1, "Job is already paused");
+    ctl(&["resume"]).succeeds();
+    ctl(&["speed", "2M"]).succeeds();
+    assert_eq!(client.job()["speed"], 2 << 20);
+    let second = drive_backup(&[&flags[..], &dir].concat());
+    assert_eq!(second.code, 8, "{second:?}");
+    ctl(&["cancel"]).succeeds();
+    let life = client.until_status("null");
+    assert_eq!(life.last().map(String::as_str), Some("null"));
+    assert!(life.contains(&"BLOCK_JOB_CANCELLED".to_owned()), "{life:?}");
+    assert_eq!(backup.ended().code, 1);
+    assert!(!target.exists() && !bench.path("qmp").exists());
+    ctl(&["cancel"]).fails(1, "no such job runs");
+}
+
+/// A run over `device`, of which QMP clients hear.
+fn run_of(bench: &Bench, device: &str, more: &[&str]) -> Running {
+    let (device, target, folder, qmp) = (bench.path(device), bench.path("t.raw"), bench.path("w"), bench.unix("qmp"));
+    let flags = ["--device", text(&device), "--target", text(&target), "--writer-dir", text(&folder), "--qmp", &qmp];
+    Running::drive_backup(&[&flags[..], more].concat())
+}
+
+#[test]
+fn the_reading_back_is_paused_slowed_down_and_cancelled_as_copying_is() {
+    let bench = Bench::new();
+    // Holes cost nothing until they were written and are read back.
+    sparse_file(&bench.path("holes.raw"), 32 << 20);
+    for end in ["resume", "cancel"] {
+        let backup = run_of(&bench, "holes.raw", &["--verify", "--sparse=never", "--speed", "1M"]);
+        let mut client = Client::connect(&bench.path("qmp"));
+        let is_copied = |job: &Value| job["offset"] == 32 << 20;
+        let job = wait_for("the reading back", || Some(client.job()).filter(is_copied));
+        assert_eq!((&job["status"], &job["len"]), (&"running".into(), &(32 << 20).into()));
+        client.does("block-job-pause", json!({"device": "holes"}));
+        assert_eq!(client.wait_for_status("paused")["io-status"], "ok");
+        // It does not go on, however fast it might.
+        client.does("block-job-set-speed", json!({"device": "holes", "speed": 0}));
+        assert_eq!(client.refused("job-finalize", json!({"id": "holes"})).split(" in state").count(), 2);
+        assert!(!bench.path("t.raw").exists() && client.job()["status"] == "paused");
+        client.does(&format!("job-{end}"), json!({"id": "holes"}));
+        let life = client.until_status("null");
+        let event = if end == "resume" { "BLOCK_JOB_COMPLETED" } else { "BLOCK_JOB_CANCELLED" };
+        assert!(life.iter().any(|word| word == event), "{life:?}");
+        assert_eq!(backup.ended().code, i32::from(end == "cancel"));
+        assert_eq!(bench.path("t.raw").exists(), end == "resume");
+        let _ = fs::remove_file(bench.path("t.raw"));
+    }
+}
+
+#[test]
+fn watch_shows_all_jobs_on_a_terminal_until_they_are_over() {
+    let bench = Bench::new();
+    let folder = bench.path("w");
+    let backup = run_of(&bench, "disk.raw", &["--speed", "1M", "--snapshot=overlay"]);
+    let mut client = Client::connect(&bench.path("qmp"));
+    wait_for("the copy", || (client.job()["offset"].as_u64() > Some(0)).then_some(()));
+    let said = drive_backup(&["ctl", "--writer-dir", text(&folder), "status"]).succeeds().stdout.clone();
+    let said = String::from_utf8(said).unwrap();
+    let disk = text(&bench.path("disk.raw")).to_owned();
+    assert!(said.starts_with("disk: running, ") && said.ends_with(&format!(" bytes/s, {disk}\n")), "{said}");
+    let mut command = std::process::Command::new(BINARY);
+    command.args(["ctl", "--writer-dir", text(&folder), "watch"]).env("TERM", "xterm");
+    let mut terminal = expectrl::Session::spawn(command).unwrap();
+    terminal.get_process_mut().set_window_size(120, 24).unwrap();
+    terminal.set_expect_timeout(Some(PATIENCE));
+    terminal.expect(Regex(r"disk .*/16\.00 MiB .*/s running")).unwrap();
+    client.does("job-pause", json!({"id": "disk"}));
+    terminal.expect(Regex(r"disk .*/16\.00 MiB .*paused")).unwrap();
+    client.does("job-cancel", json!({"id": "disk"}));
+    terminal.expect(expectrl::Eof).unwrap();
+    let ended = wait_for("its end", || match terminal.get_process().status().unwrap() {
+        WaitStatus::StillAlive => None,
+        status => Some(status),
+    });
+    assert!(matches!(ended, WaitStatus::Exited(_, 0)), "{ended:?}");
+    assert_eq!(backup.ended().code, 1);
+}
+
+const SECRET: &str = "Sesam-oeffne-dich";
+
+#[test]
+fn an_encrypted_disk_is_copied_and_its_secret_never_shown() {
+    let bench = Bench::new();
+    let (plain, luks, secret) = (bench.path("plain.raw"), bench.path("disk.luks"), bench.path("secret"));
+    fs::write(&plain, noise(3, 1 << 20)).unwrap();
+    fs::write(&secret, SECRET).unwrap();
+    let object = format!("secret,id=s,data={SECRET}");
+    let keys = ["-o", "key-secret=s,iter-time=10"];
+    run("qemu-img", &[&["create", "-q", "--object", &object, "-f", "luks"], &keys[..], &[text(&luks), "1M"]].concat());
+    let opened = format!("driver=luks,key-secret=s,file.driver=file,file.filename={}", text(&luks));
+    let copy = ["convert", "-n", "--object", &object, "--target-image-opts", "-f", "raw", text(&plain), &opened];
+    run("qemu-img", &copy);
+    let place = format!("file:{}", text(&secret));
+    let server = bench.serve_disks(&["d0=disk.luks"], &["--read-only", "--format", "luks", "--secret", &place]);
+    let mut client = Client::connect(&bench.path("qmp"));
+    let mut shown = Vec::new();
+    client.does("drive-backup", bench.backup(&json!({"speed": 0, "auto-dismiss": false})));
+    shown.push(client.refused("drive-backup", bench.backup(&json!({"target": "/no/t.raw", "job-id": "k"}))));
+    client.until_status("concluded");
+    assert!(fs::read(bench.path("t.raw")).unwrap() == fs::read(&plain).unwrap());
+    for question in ["query-block", "query-block-jobs", "query-jobs", "query-qmp-schema"] {
+        shown.push(client.ask(question, json!({})).to_string());
+    }
+    shown.extend(client.events.iter().map(Value::to_string));
+    assert!(shown[1].contains("\"drv\":\"luks\"") && !shown.iter().any(|said| said.contains(SECRET)), "{shown:?}");
+    client.ask("quit", json!({}));
+    assert_eq!(server.ended().code, 0);
+}
