@@ -469,7 +469,7 @@ _drive__backup() {
             return 0
             ;;
         drive__subcmd__backup__subcmd__serve)
-            opts="-q -h --device --format --read-only --writer-dir --nbd --tls-dir --max-connections --vhost-user --fuse --qmp --json --quiet --help"
+            opts="-q -h --device --format --read-only --secret --writer-dir --nbd --tls-dir --max-connections --vhost-user --fuse --qmp --json --quiet --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -492,6 +492,10 @@ _drive__backup() {
                     ;;
                 --format)
                     COMPREPLY=($(compgen -W "raw qcow2 vmdk vdi vhdx vpc qed parallels luks qcow2-luks dmg cloop bochs" -- "${cur}"))
+                    return 0
+                    ;;
+                --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --writer-dir)

@@ -130,6 +130,7 @@ qcow2-luks\t'An encrypted qcow2; needs --secret'
 dmg\t'Apple\'s; only as a source'
 cloop\t'A compressed loop device; only as a source'
 bochs\t'Bochs\'; only as a source'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l secret -d 'Where the secret is that opens encrypted disks, which can only be read: file:PATH, fd:N or env:NAME' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l writer-dir -d 'Where backups find this server' -r -f -a "(__fish_complete_directories)"
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l nbd -d 'Serve NBD at unix:PATH or HOST:PORT; without a HOST on the loopback only. May be given again' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand serve" -l tls-dir -d 'Require TLS of NBD clients, with server-cert.pem and server-key.pem from this folder' -r -f -a "(__fish_complete_directories)"

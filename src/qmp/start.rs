@@ -274,12 +274,6 @@ fn options(given: &Map<String, Value>, node: &Node, writer_dir: Option<&Path>) -
     if identity::is_overlapping(&node.path, target) {
         return Err(Refusal::generic("Source and target cannot be the same"));
     }
-    let on_error = |name| match text(given, name) {
-        None | Some("report" | "auto") => OnError::Report,
-        Some("ignore") => OnError::Ignore,
-        Some("enospc") => OnError::Enospc,
-        Some(_) => OnError::Stop,
-    };
     Ok(Options {
         device: Location::from(&node.path),
         source_format: node.format,
@@ -312,9 +306,18 @@ fn options(given: &Map<String, Value>, node: &Node, writer_dir: Option<&Path>) -
             Some("break-guest-write") => OnCbwError::BreakGuestWrite,
             _ => OnCbwError::BreakSnapshot,
         },
-        on_source_error: on_error("on-source-error"),
-        on_target_error: on_error("on-target-error"),
+        on_source_error: on_error(given, "on-source-error"),
+        on_target_error: on_error(given, "on-target-error"),
     })
+}
+
+fn on_error(given: &Map<String, Value>, name: &str) -> OnError {
+    match text(given, name) {
+        None | Some("report" | "auto") => OnError::Report,
+        Some("ignore") => OnError::Ignore,
+        Some("enospc") => OnError::Enospc,
+        Some(_) => OnError::Stop,
+    }
 }
 
 /// What is copied. What can't be asked for yet is refused by name.

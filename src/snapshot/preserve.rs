@@ -69,11 +69,20 @@ impl Preserver {
     }
 
     fn capture(&self, run: ByteRange, bytes: &mut [u8]) -> Result<()> {
-        if let Some(unallocated) = &self.unallocated {
-            unallocated.note(&*self.source, run);
-        }
+        self.note_allocation(run);
         self.source.read_at(bytes, run.offset).map_err(|error| Error::io(Side::Source, "read", run, error))?;
         if is_zero(bytes) { self.overlay.save_zeroes(run) } else { self.overlay.save(bytes, run.offset) }
+    }
+
+    fn note_allocation(&self, run: ByteRange) {
+        let Some(unallocated) = &self.unallocated else { return };
+        let mut rest = run;
+        while !rest.is_empty() {
+            // What can't be told is taken for allocated.
+            let Ok(extent) = self.source.block_status(rest) else { return };
+            unallocated.note(extent);
+            rest = ByteRange::between(extent.range.end(), rest.end());
+        }
     }
 
     fn take_buffer(&self) -> Vec<u8> {

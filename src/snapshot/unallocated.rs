@@ -4,7 +4,6 @@
 use crate::ground::bitmap::Bitmap;
 use crate::ground::cluster::{ClusterSize, Clusters};
 use crate::ground::range::{Allocation, ByteRange, Extent};
-use crate::image::Image;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// See the module. Shared by those who preserve and those who copy.
@@ -25,16 +24,10 @@ impl Unallocated {
         self.clusters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers what of `run`, whole clusters that nobody may overwrite yet, `image` does not hold. Where that can't be told
-    /// it is taken for held. May read tables.
-    pub fn note(&self, image: &dyn Image, run: ByteRange) {
-        let mut rest = run;
-        while !rest.is_empty() {
-            let Ok(extent) = image.block_status(rest) else { return };
-            if extent.allocation == Allocation::Unallocated {
-                self.clusters().set(self.within(extent.range));
-            }
-            rest = ByteRange::between(extent.range.end(), rest.end());
+    /// Remembers which clusters the image does not hold, as `extent` says, of a range that nobody may overwrite yet.
+    pub fn note(&self, extent: Extent) {
+        if extent.allocation == Allocation::Unallocated {
+            self.clusters().set(self.within(extent.range));
         }
     }
 
@@ -65,54 +58,12 @@ impl Unallocated {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::Properties;
-    use std::io;
-
-    /// Unallocated in this range, data elsewhere.
-    struct Hole(ByteRange);
-
-    impl Image for Hole {
-        fn length(&self) -> u64 {
-            41_000
-        }
-
-        fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
-            let hole = self.0.intersect(range);
-            Ok(match () {
-                () if hole.is_empty() => Extent::data(range),
-                () if hole.offset > range.offset => Extent::data(ByteRange::between(range.offset, hole.offset)),
-                () => Extent::unallocated(hole),
-            })
-        }
-
-        fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<()> {
-            unreachable!("only its status is asked for")
-        }
-
-        fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
-            unreachable!("only its status is asked for")
-        }
-
-        fn write_zeroes(&self, _: ByteRange) -> io::Result<()> {
-            unreachable!("only its status is asked for")
-        }
-
-        fn discard(&self, _: ByteRange) -> io::Result<()> {
-            unreachable!("only its status is asked for")
-        }
-
-        fn flush(&self) -> io::Result<()> {
-            unreachable!("only its status is asked for")
-        }
-
-        fn properties(&self) -> Properties {
-            Properties { cluster_size: 1, alignment: 1, reads_zero: false, sequential: false }
-        }
-    }
 
     fn noted(hole: ByteRange) -> Vec<(ByteRange, Allocation)> {
         let unallocated = Unallocated::new(41_000, ClusterSize::new(4096));
-        unallocated.note(&Hole(hole), ByteRange::new(0, 41_000));
+        unallocated.note(Extent::data(ByteRange::between(0, hole.offset)));
+        unallocated.note(Extent::unallocated(hole));
+        unallocated.note(Extent::zero(ByteRange::between(hole.end(), 41_000)));
         let (mut found, mut rest) = (Vec::new(), ByteRange::new(0, 41_000));
         while !rest.is_empty() {
             let extent = unallocated.status(rest);

@@ -80,7 +80,7 @@ impl Client {
             self.events.push(event);
         }
         let at = self.events.iter().position(|event| event["event"] == name).unwrap();
-        self.events.drain(..=at).last().unwrap()
+        self.events.drain(..=at).next_back().unwrap()
     }
 
     /// Reads on until a job has this status; all events up to there, in words.

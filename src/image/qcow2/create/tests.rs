@@ -73,6 +73,34 @@ fn every_shape_reads_back_equal_and_checks_clean() {
 }
 
 #[test]
+fn over_a_backing_file_zeroes_hide_it_and_what_is_left_out_shows_it() {
+    let cluster = 65536;
+    let pair = Pair::new(6 * cluster + 700, options(cluster, None));
+    let base = pair.path.with_file_name("base.raw");
+    let bytes = contents(5, 6 * cluster as usize + 700, 4096);
+    fs::write(&base, &bytes).unwrap();
+    pair.model.write_all_at(&bytes, 0).unwrap();
+    let name = base.into_os_string();
+    let image = pair.image.over(Backing { name: name.clone(), format: Some("raw".to_owned()) }).unwrap();
+    let pair = Pair { image, ..pair };
+    assert!(!pair.image.properties().reads_zero);
+    pair.write(&vec![7; cluster as usize], cluster);
+    // Whole clusters only: of the others the backing file's bytes would be lost.
+    assert!(pair.image.write_zeroes(ByteRange::new(3 * cluster + 512, cluster)).is_err());
+    pair.zero(ByteRange::new(2 * cluster, 2 * cluster));
+    pair.zero(ByteRange::between(6 * cluster, pair.image.length()));
+    let status = |at| pair.image.block_status(ByteRange::between(at, pair.image.length())).unwrap();
+    assert_eq!(status(0), Extent::unallocated(ByteRange::new(0, cluster)));
+    assert_eq!(status(2 * cluster), Extent::zero(ByteRange::new(2 * cluster, 2 * cluster)));
+    pair.judge();
+    let header = Header::parse(&fs::read(&pair.path).unwrap()).unwrap();
+    assert_eq!(header.backing.unwrap().name, name);
+    let long = Pair::new(cluster, options(512, None));
+    let name = "x".repeat(300).into();
+    assert!(long.image.over(Backing { name, format: None }).is_err_and(|error| error.to_string().contains("too long")));
+}
+
+#[test]
 fn the_virtual_size_is_rounded_up_to_512_as_by_qemu_img() {
     let pair = Pair::new(1000, options(65536, None));
     pair.image.flush().unwrap();
