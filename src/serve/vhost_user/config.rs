@@ -83,7 +83,8 @@ mod tests {
 
     fn disk(read_only: bool) -> Disk {
         let raw = Raw::fresh(tempfile::tempfile().unwrap(), (1 << 20) + 100).unwrap();
-        let options = DiskOptions { name: "d".into(), path: "d".into(), format: None, read_only, writer_dir: None };
+        let (name, path) = ("d".into(), "d".into());
+        let options = DiskOptions { name, path, format: None, read_only, secret: None, writer_dir: None };
         Disk::over(&options, Arc::new(raw))
     }
 
