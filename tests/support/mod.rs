@@ -315,10 +315,16 @@ impl Drop for Mount {
     }
 }
 
-/// Tears down: a panic here would hide the one that a test may be unwinding from.
+/// Tears down: a panic here would hide the one that a test may be unwinding from. Tried again for a while: a child that
+/// another thread has forked holds all open files for a moment, until it executes its program.
 fn undo(program: &str, arguments: &[&str]) {
-    let status = Command::new(program).args(arguments).status();
-    if !status.as_ref().is_ok_and(ExitStatus::success) {
-        eprintln!("{program} {arguments:?}: {status:?}");
+    let since = Instant::now();
+    let mut output = Command::new(program).args(arguments).output();
+    while !output.as_ref().is_ok_and(|output| output.status.success()) && since.elapsed() < PATIENCE / 3 {
+        std::thread::sleep(Duration::from_millis(10));
+        output = Command::new(program).args(arguments).output();
+    }
+    if !output.as_ref().is_ok_and(|output| output.status.success()) {
+        eprintln!("{program} {arguments:?}: {output:?}");
     }
 }
