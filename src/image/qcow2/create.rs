@@ -8,7 +8,7 @@ use super::compress::{self, CompressOptions};
 use super::finish::{self, About, Geometry};
 use super::header::{BACKING_NAME_LIMIT, Backing, Compression};
 use super::run_map::{Place, Run, RunMap};
-use crate::error::{Error, Kind, Result, Side};
+use crate::error::{Error, Kind, Result};
 use crate::ground::range::{ByteRange, Extent};
 use crate::image::{Image, Properties};
 use std::io;
@@ -55,22 +55,24 @@ enum Stage {
 
 struct State {
     stage: Stage,
+    /// The file has no old header any more.
+    wiped: bool,
     bump: Bump,
     runs: RunMap,
 }
 
 impl NewQcow2 {
     /// A version 3 image for a disk of `length` bytes in `file`, which should be new and empty; an image header that it
-    /// holds is wiped first. The virtual size is `length` rounded up to 512 bytes, as by qemu-img; what is beyond
-    /// `length` reads as zeroes. Blocks.
+    /// holds is wiped by the first write or flush, and nothing is touched before. The virtual size is `length` rounded up
+    /// to 512 bytes, as by qemu-img; what is beyond `length` reads as zeroes.
     pub fn create(file: Arc<dyn Image>, length: u64, options: CreateOptions) -> Result<Self> {
         let geometry = Geometry::new(length, options.cluster_size)?;
         if let Some(compression) = options.compression {
             compression.check().map_err(|reason| Error::new(Kind::Usage, reason))?;
         }
-        wipe_header(file.as_ref(), options.cluster_size)?;
         let state = State {
             stage: Stage::Writing,
+            wiped: false,
             bump: Bump::new(options.cluster_size, geometry.host_limit(options.compression.is_some())),
             runs: RunMap::new(options.cluster_size),
         };
@@ -103,6 +105,24 @@ impl NewQcow2 {
         }
     }
 
+    /// Before a byte is written: an old image that this file held must not come back to life with new data under it.
+    fn begun(&self) -> io::Result<MutexGuard<'_, State>> {
+        let mut state = self.writing()?;
+        // With the lock: nobody may write until that is on stable storage.
+        self.wipe_header(&mut state)?;
+        Ok(state)
+    }
+
+    fn wipe_header(&self, state: &mut State) -> io::Result<()> {
+        let length = self.file.length().min(self.geometry.cluster_size);
+        if !state.wiped && length > 0 {
+            self.file.write_at(&vec![0; length as usize], 0)?;
+            self.file.flush()?;
+        }
+        state.wiped = true;
+        Ok(())
+    }
+
     /// First cluster and number of clusters of a write.
     fn whole_clusters(&self, range: ByteRange) -> io::Result<(u64, u64)> {
         let size = self.geometry.cluster_size;
@@ -114,7 +134,7 @@ impl NewQcow2 {
     }
 
     fn write_plain(&self, buf: &[u8], first: u64, count: u64) -> io::Result<()> {
-        let host = self.writing()?.bump.clusters(count)?;
+        let host = self.begun()?.bump.clusters(count)?;
         self.write_clusters(buf, host)?;
         self.writing()?.runs.insert(first, Run::plain(host, count));
         Ok(())
@@ -136,7 +156,7 @@ impl NewQcow2 {
             let lengths: Vec<u32> = chunk.clusters.iter().copied().flatten().collect();
             let plain_count = (chunk.clusters.len() - lengths.len()) as u64;
             let (plain_host, packed_hosts) = {
-                let bump = &mut self.writing()?.bump;
+                let bump = &mut self.begun()?.bump;
                 (bump.clusters(plain_count)?, bump.packed(&lengths)?)
             };
             self.write_packed(chunk.bytes, &lengths, &packed_hosts)?;
@@ -174,17 +194,6 @@ impl NewQcow2 {
         let end = if range.end() == self.length { range.end().div_ceil(size) } else { range.end() / size };
         range.offset.div_ceil(size)..end
     }
-}
-
-/// An old image that this file held must not come back to life with new data under it.
-fn wipe_header(file: &dyn Image, cluster_size: u64) -> Result<()> {
-    let range = ByteRange::new(0, file.length().min(cluster_size));
-    if range.is_empty() {
-        return Ok(());
-    }
-    file.write_at(&vec![0; range.length as usize], 0)
-        .and_then(|()| file.flush())
-        .map_err(|e| Error::io(Side::Target, "write", range, e))
 }
 
 /// Runs of a chunk, by the number of their first cluster in it: `clusters` says how long each compressed one is.
@@ -292,6 +301,7 @@ impl Image for NewQcow2 {
             Stage::Writing => {}
         }
         state.stage = Stage::Lost;
+        self.wipe_header(&mut state)?;
         let kind = self.compression.map_or(Compression::Zlib, |compression| compression.kind);
         let about = About { compression: kind, backing: self.backing.as_ref() };
         finish::finish(self.file.as_ref(), &self.geometry, about, &state.runs, state.bump.end())?;

@@ -216,6 +216,21 @@ fn until_the_last_write_there_is_no_header_and_all_else_is_flushed_before_it() {
 }
 
 #[test]
+fn until_the_first_write_the_file_is_as_it_was() {
+    let old = [&MAGIC[..], &[7; 5000]].concat();
+    let disk = Arc::new(MemoryDisk::of(old.clone()));
+    let image = NewQcow2::create(disk.clone(), 1 << 20, options(4096, None)).unwrap();
+    image.write_zeroes(ByteRange::new(0, 1 << 20)).unwrap();
+    image.discard(ByteRange::new(0, 4096)).unwrap();
+    drop(image);
+    assert!(disk.log().is_empty() && disk.bytes() == old);
+    // Nothing but zeroes is an image too.
+    NewQcow2::create(disk.clone(), 1 << 20, options(4096, None)).unwrap().flush().unwrap();
+    assert_eq!(disk.log()[1], Operation::Flush, "the old header is gone first");
+    assert!(is_image(&disk.bytes()));
+}
+
+#[test]
 fn a_file_that_fails_at_any_moment_holds_no_image_and_every_later_flush_fails() {
     let write_all = |disk: &Arc<MemoryDisk>| {
         let image = NewQcow2::create(disk.clone(), 1 << 20, options(65536, Some(ZSTD))).unwrap();
