@@ -9,6 +9,7 @@
 //! The file beside it has one fixed name per target, `.NAME.drive-backup-partial`, and is locked while a backup writes
 //! it: a second backup of the same target is refused, and what a killed one left is unlocked and swept by the next.
 
+mod attributes;
 mod partial;
 
 use crate::error::{Error, Kind, Result, Side};
@@ -154,7 +155,7 @@ impl Publish {
         Remover { place: Arc::clone(&self.place) }
     }
 
-    /// Puts the file under the target's name, with the mode and owner of what it replaces. With `fsync`, file and
+    /// Puts the file under the target's name, with the mode, owner and attributes of what it replaces. With `fsync`, file and
     /// folder are on stable storage afterwards; a flush that failed earlier must not come here. Blocks.
     ///
     /// Returns warnings, one line each. After an error the partial file is gone and the target's name has what it
@@ -250,18 +251,27 @@ impl Publish {
     }
 
     fn take_over_mode(&self) -> io::Result<Vec<String>> {
-        let Some(Old { metadata: old, .. }) = &self.old else { return Ok(Vec::new()) };
+        let Some(Old { metadata: old, held }) = &self.old else { return Ok(Vec::new()) };
         let new = self.file.metadata()?;
         let mut warnings = Vec::new();
+        let mut lost = |what: String, error: &io::Error| {
+            let why = crate::error::reason(error);
+            warnings.push(format!("{what} of '{}' was not kept: {why}", self.place.target.display()));
+        };
         let mut mode = old.mode() & 0o7777;
         if (new.uid(), new.gid()) != (old.uid(), old.gid())
             && let Err(e) = std::os::unix::fs::fchown(&self.file, Some(old.uid()), Some(old.gid()))
         {
-            let owner = format!("{}:{}", old.uid(), old.gid());
-            let why = crate::error::reason(&e);
-            warnings.push(format!("owner {owner} of '{}' was not kept: {why}", self.place.target.display()));
+            lost(format!("owner {}:{}", old.uid(), old.gid()), &e);
             // Under another owner these bits would give rights that nobody granted.
             mode &= 0o777;
+        }
+        for (name, errno) in held.iter().flat_map(|old| attributes::keep(old, &self.file)) {
+            // With a list these bits are no group's rights, but the most that anybody on the list has.
+            if name == attributes::ACCESS_LIST {
+                mode &= !0o070;
+            }
+            lost(format!("attribute {name}"), &errno.into());
         }
         self.file.set_permissions(Permissions::from_mode(mode))?;
         Ok(warnings)

@@ -342,6 +342,67 @@ fn a_link_is_followed_and_stays_a_link() {
     assert!(error.ends_with("Too many levels of symbolic links"), "{error}");
 }
 
+fn attribute(path: &Path, name: &str) -> Option<Vec<u8>> {
+    let mut value = vec![0; 1000];
+    let length = rustix::fs::lgetxattr(path, name, &mut value[..]).ok()?;
+    value.truncate(length);
+    Some(value)
+}
+
+fn set_attribute(path: &Path, name: &str, value: &[u8]) {
+    rustix::fs::lsetxattr(path, name, value, rustix::fs::XattrFlags::empty()).unwrap();
+}
+
+/// An access control list: the owner may read and write, user 1234 may read, nobody else may anything.
+fn list_of_readers() -> Vec<u8> {
+    let entries: [(u16, u16, u32); 5] =
+        [(1, 6, u32::MAX), (2, 4, 1234), (4, 0, u32::MAX), (0x10, 4, u32::MAX), (0x20, 0, u32::MAX)];
+    let bytes = entries
+        .iter()
+        .flat_map(|(tag, rights, id)| [&tag.to_le_bytes()[..], &rights.to_le_bytes(), &id.to_le_bytes()].concat());
+    2_u32.to_le_bytes().into_iter().chain(bytes).collect()
+}
+
+#[test]
+fn the_new_file_has_the_access_list_and_the_attributes_of_the_old_one() {
+    let mount = Mount::fresh("ext4");
+    let target = mount.join("out");
+    std::fs::write(&target, "old").unwrap();
+    let kept = [("user.note", b"a note".to_vec()), (attributes::ACCESS_LIST, list_of_readers())];
+    let labels = [("security.label", b"a label".to_vec()), ("trusted.mark", vec![0, 255])];
+    let kept = [kept, labels].concat();
+    kept.iter().for_each(|(name, value)| set_attribute(&target, name, value));
+    // A capability of version 2, of a program that is no more.
+    set_attribute(&target, "security.capability", &[&[0, 0, 0, 2][..], &[0; 16]].concat());
+    for round in 0..2 {
+        let publish = Publish::begin(&target).unwrap();
+        write_new(&publish);
+        assert_eq!(publish.commit(true).unwrap(), [""; 0], "{round}");
+        for (name, value) in &kept {
+            assert_eq!(attribute(&target, name).as_ref(), Some(value), "{name}");
+        }
+        assert_eq!(attribute(&target, "security.capability"), None);
+        assert_eq!(target.metadata().unwrap().mode() & 0o7777, 0o640, "the list's mask");
+        assert_eq!(content(&target), "new");
+    }
+}
+
+#[test]
+fn a_list_that_only_the_folder_would_give_is_not_the_new_file_s() {
+    let mount = Mount::fresh("ext4");
+    let (old, new) = (mount.join("old"), mount.join("new"));
+    std::fs::write(&old, "old").unwrap();
+    std::fs::set_permissions(&old, Permissions::from_mode(0o640)).unwrap();
+    set_attribute(mount.path(), "system.posix_acl_default", &list_of_readers());
+    for (target, has_list) in [(&old, false), (&new, true)] {
+        let publish = Publish::begin(target).unwrap();
+        write_new(&publish);
+        publish.commit(true).unwrap();
+        assert_eq!(attribute(target, attributes::ACCESS_LIST).is_some(), has_list);
+        assert_eq!(target.metadata().unwrap().mode() & 0o7777, 0o640);
+    }
+}
+
 #[test]
 fn names_up_to_the_limit_work() {
     let folder = tempfile::tempdir().unwrap();
