@@ -57,12 +57,6 @@ impl Raw {
         Self::open_for(path, Access::Read, side)
     }
 
-    /// Opens the target `path`, which exists, for reading and writing in place. A block device is claimed
-    /// ([`crate::error::Kind::Busy`] when it is mounted or claimed already).
-    pub fn open_target(path: &Path) -> Result<Self> {
-        Self::open_for(path, Access::Write, Side::Target)
-    }
-
     fn open_for(path: &Path, access: Access, side: Side) -> Result<Self> {
         let (file, medium) = medium::open(path, access, side)?;
         Self::wrap(file, medium).map_err(|e| Error::file(side, "open", path, e))

@@ -19,15 +19,6 @@ pub struct Preserver {
     buffers: Mutex<Vec<Vec<u8>>>,
 }
 
-/// The end of a trapped write's wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Preserved {
-    /// What the write got.
-    pub granted: Granted,
-    /// Bytes that were read and saved for it: for the budget of the job, which never delays them.
-    pub captured: u64,
-}
-
 impl Preserver {
     /// `source` and `overlay` have the length of the disk that `tracker` tracks.
     pub fn new(tracker: Arc<Tracker>, source: Arc<dyn Image>, overlay: Arc<Overlay>) -> Self {
@@ -50,22 +41,22 @@ impl Preserver {
     /// An error says why the range can't be preserved, with the errno that the write should fail with if it is to fail;
     /// its kind is [`Kind::InstantLost`]. Everything is as it was: either the write does not happen, or the caller gives
     /// the instant up ([`Tracker::stop`]) before it answers the writer.
-    pub fn before_write(&self, range: ByteRange) -> Result<Preserved> {
-        let mut captured = 0;
+    pub fn before_write(&self, range: ByteRange) -> Result<Granted> {
+        let mut captured = false;
         let granted = self.tracker.before_write(range, |run| {
             let mut buffer = self.take_buffer();
             buffer.resize(buffer.len().max(run.length as usize), 0);
             let saved = self.capture(run, &mut buffer[..run.length as usize]);
             self.give_buffer(buffer);
-            captured += run.length;
+            captured = true;
             saved
         });
         let granted = granted.map_err(|error| error.with_kind(Kind::InstantLost))?;
         let usage = self.overlay.usage();
-        if captured > 0 && usage.limit.is_some() {
+        if captured && usage.limit.is_some() {
             self.tracker.set_overlay_first(usage.past_half());
         }
-        Ok(Preserved { granted, captured })
+        Ok(granted)
     }
 
     fn capture(&self, run: ByteRange, bytes: &mut [u8]) -> Result<()> {

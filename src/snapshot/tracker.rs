@@ -153,11 +153,6 @@ impl Tracker {
         shared.free_maps.push(map);
     }
 
-    /// `map` is no longer told: its writer is gone.
-    pub fn detach_free_map(&self, map: &Arc<dyn FreeMap>) {
-        self.lock().free_maps.retain(|known| !Arc::ptr_eq(known, map));
-    }
-
     /// Everything is on the target, as of the instant.
     pub fn is_done(&self) -> bool {
         let shared = self.lock();

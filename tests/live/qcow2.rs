@@ -11,6 +11,7 @@ use drive_backup::image::qcow2::ExistingQcow2;
 use drive_backup::image::raw::Raw;
 use drive_backup::job::Job;
 use drive_backup::writer::Writer;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -126,7 +127,7 @@ impl Drop for StopAtEnd<'_> {
 }
 
 fn open(path: &Path) -> Arc<ExistingQcow2> {
-    let file = Arc::new(Raw::open_target(path).unwrap().without_flush());
+    let file = Arc::new(Raw::of(File::options().read(true).write(true).open(path).unwrap()).unwrap().without_flush());
     Arc::new(ExistingQcow2::open(path, file, None).unwrap())
 }
 

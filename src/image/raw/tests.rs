@@ -13,6 +13,11 @@ fn read_write(path: &Path) -> File {
     OpenOptions::new().read(true).write(true).open(path).unwrap()
 }
 
+/// For writing in place.
+fn open_target(path: &Path) -> Result<Raw> {
+    Raw::open_for(path, Access::Write, Side::Target)
+}
+
 /// What `block_status` says of the whole image, one call after the other.
 fn map(image: &Raw) -> Vec<Extent> {
     let mut extents = Vec::new();
@@ -83,7 +88,7 @@ fn files_and_devices_keep_every_byte_whatever_they_can_punch() {
     let device = LoopDevice::over(&paths[1], &[]);
     let big_sectors = LoopDevice::over(&paths[2], &["--sector-size", "4096"]);
     for path in [&paths[0], device.path(), big_sectors.path(), &paths[3], &paths[4]] {
-        let image = Raw::open_target(path).unwrap();
+        let image = open_target(path).unwrap();
         let model = vec![0x55; image.length() as usize];
         follows_a_byte_model(&image, model);
     }
@@ -95,12 +100,12 @@ fn direct_io_keeps_every_byte_aligned_or_not() {
     let path = folder.path().join("file");
     for length in [300_001, 4096, 1, 2 << 20] {
         std::fs::write(&path, vec![0x55; length]).unwrap();
-        let image = Raw::open_target(&path).unwrap().with_direct().unwrap();
+        let image = open_target(&path).unwrap().with_direct().unwrap();
         assert!(image.properties().alignment >= 4096);
         follows_a_byte_model(&image, vec![0x55; length]);
     }
     let device = LoopDevice::over(&path, &[]);
-    let image = Raw::open_target(device.path()).unwrap().with_direct().unwrap();
+    let image = open_target(device.path()).unwrap().with_direct().unwrap();
     let mut buffer = AlignedBuffer::new(1 << 20, image.properties().alignment as usize);
     buffer.fill(0x77);
     image.write_at(&buffer, MIB).unwrap();
@@ -161,7 +166,7 @@ fn a_discard_on_a_device_reaches_what_is_below() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), vec![1; 1 << 20]).unwrap();
     let device = LoopDevice::over(file.path(), &[]);
-    let image = Raw::open_target(device.path()).unwrap();
+    let image = open_target(device.path()).unwrap();
     image.discard(range(100, MIB - 200)).unwrap();
     assert!(file.as_file().metadata().unwrap().blocks() <= 16);
 }
@@ -214,8 +219,8 @@ fn a_claimed_device_is_busy() {
     let file = tempfile::NamedTempFile::new().unwrap();
     sparse_file(file.path(), MIB);
     let device = LoopDevice::over(file.path(), &[]);
-    let _first = Raw::open_target(device.path()).unwrap();
-    let error = Raw::open_target(device.path()).unwrap_err();
+    let _first = open_target(device.path()).unwrap();
+    let error = open_target(device.path()).unwrap_err();
     assert_eq!(error.kind(), crate::error::Kind::Busy);
     assert_eq!(
         error.to_string(),
@@ -234,7 +239,7 @@ fn device_that_loses_data() -> (Mount, LoopDevice) {
 #[test]
 fn a_failed_flush_is_final() {
     let (_memory, device) = device_that_loses_data();
-    let image = Raw::open_target(device.path()).unwrap();
+    let image = open_target(device.path()).unwrap();
     image.write_at(&vec![1; 4 << 20], 0).unwrap();
     let first = image.flush().unwrap_err();
     let second = image.flush().unwrap_err();
@@ -254,7 +259,7 @@ fn writeback_begins_before_the_flush() {
     let file = tempfile::NamedTempFile::new().unwrap();
     sparse_file(file.path(), 8 * MIB);
     let device = LoopDevice::over(file.path(), &[]);
-    let image = Raw::open_target(device.path()).unwrap().with_writeback(MIB);
+    let image = open_target(device.path()).unwrap().with_writeback(MIB);
     let before = sectors_written(device.path());
     for piece in 0..16 {
         image.write_at(&vec![1; 256 << 10], piece * (256 << 10)).unwrap();
