@@ -5,7 +5,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -68,9 +68,10 @@ impl Hook {
         let failed =
             |why: String| Error::new(Kind::Hook, format!("--hook-{} '{}': {why}", self.when.name(), self.command));
         let mut child = Owned(self.spawn().map_err(|error| failed(format!("start it: {error}")))?);
+        let end = child.end().map_err(|error| failed(format!("watch it: {error}")))?;
         loop {
             let left = bound.saturating_sub(begin.elapsed());
-            match child.ended_within(left.min(LOOK)).map_err(|error| failed(format!("wait for it: {error}")))? {
+            match child.ended_within(&end, left.min(LOOK)).map_err(|error| failed(format!("wait for it: {error}")))? {
                 Some(status) if status.success() => return Ok(()),
                 Some(status) => return Err(failed(format!("ended with {status}"))),
                 None if is_cancelled() => return Err(Error::new(Kind::Cancelled, "cancelled")),
@@ -102,10 +103,14 @@ impl Hook {
 struct Owned(Child);
 
 impl Owned {
-    fn ended_within(&mut self, limit: Duration) -> io::Result<Option<ExitStatus>> {
-        let pidfd = pidfd_open(Pid::from_child(&self.0), PidfdFlags::empty())?;
+    /// What becomes readable when it ends.
+    fn end(&self) -> io::Result<OwnedFd> {
+        Ok(pidfd_open(Pid::from_child(&self.0), PidfdFlags::empty())?)
+    }
+
+    fn ended_within(&mut self, end: &OwnedFd, limit: Duration) -> io::Result<Option<ExitStatus>> {
         let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)) {
+        match poll(&mut [PollFd::new(end, PollFlags::IN)], Some(&limit)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => self.0.try_wait(),
             Err(error) => Err(error.into()),
         }
