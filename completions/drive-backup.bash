@@ -53,7 +53,7 @@ _drive__backup() {
 
     case "${cmd}" in
         drive__backup)
-            opts="-q -v -h -V --device --source-format --secret --no-backing --dry-run --allow-inconsistent --target --format --target-secret --mode --cluster-size --compress --sparse --verify --manifest --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --hook-before --hook-frozen --hook-after --hook-failed --hook-timeout --on-source-error --on-target-error --json --progress --progress-interval --status-file --metrics-file --qmp --quiet --verbose --help --version serve verify restore ctl"
+            opts="-q -v -h -V --device --source-format --secret --no-backing --dry-run --allow-inconsistent --target --format --target-secret --mode --cluster-size --compress --sparse --verify --manifest --no-fsync --speed --finish-by --speed-schedule --timeout --workers --direct --writer --writer-dir --snapshot --overlay --overlay-limit --freeze-timeout --cbw-timeout --on-cbw-error --reconnect-delay --hook-before --hook-after --hook-failed --hook-timeout --hook-frozen --on-source-error --on-target-error --json --progress --progress-interval --quiet --verbose --status-file --metrics-file --qmp --help --version serve verify restore ctl"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -202,10 +202,6 @@ _drive__backup() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --hook-frozen)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 --hook-after)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -215,6 +211,10 @@ _drive__backup() {
                     return 0
                     ;;
                 --hook-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --hook-frozen)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -389,7 +389,7 @@ _drive__backup() {
             return 0
             ;;
         drive__subcmd__backup__subcmd__restore)
-            opts="-q -v -h --target --manifest --only-changed --verify --source-format --format --mode --no-fsync --speed --workers --direct --on-source-error --on-target-error --json --progress --progress-interval --quiet --verbose --help"
+            opts="-q -v -h --target --manifest --only-changed --verify --source-format --secret --target-secret --dry-run --format --mode --no-fsync --speed --workers --direct --on-source-error --on-target-error --hook-before --hook-after --hook-failed --hook-timeout --json --progress --progress-interval --quiet --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -429,6 +429,14 @@ _drive__backup() {
                     COMPREPLY=($(compgen -W "raw qcow2 vmdk vdi vhdx vpc qed parallels luks qcow2-luks dmg cloop bochs" -- "${cur}"))
                     return 0
                     ;;
+                --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --target-secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --format)
                     COMPREPLY=($(compgen -W "raw qcow2 vmdk vdi vhdx vpc qed parallels luks qcow2-luks dmg cloop bochs" -- "${cur}"))
                     return 0
@@ -451,6 +459,22 @@ _drive__backup() {
                     ;;
                 --on-target-error)
                     COMPREPLY=($(compgen -W "report ignore enospc stop" -- "${cur}"))
+                    return 0
+                    ;;
+                --hook-before)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --hook-after)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --hook-failed)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --hook-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --progress)
@@ -562,7 +586,7 @@ _drive__backup() {
             return 0
             ;;
         drive__subcmd__backup__subcmd__verify)
-            opts="-q -v -h --manifest --source-format --speed --workers --direct --json --progress --progress-interval --quiet --verbose --help"
+            opts="-q -v -h --manifest --source-format --secret --speed --workers --direct --json --progress --progress-interval --quiet --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -585,6 +609,10 @@ _drive__backup() {
                     ;;
                 --source-format)
                     COMPREPLY=($(compgen -W "raw qcow2 vmdk vdi vhdx vpc qed parallels luks qcow2-luks dmg cloop bochs" -- "${cur}"))
+                    return 0
+                    ;;
+                --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --speed)

@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_drive_backup_global_optspecs
-    string join \n device= source-format= secret= no-backing dry-run allow-inconsistent target= format= target-secret= mode= cluster-size= compress= sparse= verify manifest= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-frozen= hook-after= hook-failed= hook-timeout= on-source-error= on-target-error= json progress= progress-interval= status-file= metrics-file= qmp= q/quiet v/verbose h/help V/version
+    string join \n device= source-format= secret= no-backing dry-run allow-inconsistent target= format= target-secret= mode= cluster-size= compress= sparse= verify manifest= no-fsync speed= finish-by= speed-schedule= timeout= workers= direct writer= writer-dir= snapshot= overlay= overlay-limit= freeze-timeout= cbw-timeout= on-cbw-error= reconnect-delay= hook-before= hook-after= hook-failed= hook-timeout= hook-frozen= on-source-error= on-target-error= json progress= progress-interval= q/quiet v/verbose status-file= metrics-file= qmp= h/help V/version
 end
 
 function __fish_drive_backup_needs_command
@@ -81,10 +81,10 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-cbw-error 
 break-guest-write\t'The write fails, the backup goes on'"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l reconnect-delay -d 'In how many seconds a lost NBD server must be back' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-before -d 'A shell command that runs before a disk is opened; exit status 9 if it fails' -r
-complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-frozen -d 'One that runs while the writers are frozen, in what is left of --freeze-timeout' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-after -d 'One that runs when the copy is complete; if it fails the copy stays, and the exit status is 9' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-failed -d 'One that runs when there is no copy' -r
-complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-timeout -d 'In which time each of them must end, but for --hook-frozen' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-timeout -d 'In which time each of these must end' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-frozen -d 'A shell command that runs while the writers are frozen, in what is left of --freeze-timeout' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-source-error -d 'What a read error of the source does' -r -f -a "report\t'End with the error'
 ignore\t'Go on: an unreadable source range becomes zeroes, an unwritable target range is skipped; exit status 3'
 enospc\t'Stop when the target is full, else report'
@@ -107,7 +107,7 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -l allow-inconsi
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l verify -d 'Read the target back from its medium after the flush, and compare it with what was written'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l no-fsync -d 'Do not flush the target; a success then promises nothing about a power cut'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l direct -d 'Bypass the page cache'
-complete -c drive-backup -n "__fish_drive_backup_needs_command" -l json -d 'Write JSON lines to standard output, to standard error with --target -'
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l json -d 'Write JSON lines to standard output; to standard error where the copy goes to standard output'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -s q -l quiet -d 'Only errors: no progress, no warnings'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -s v -l verbose -d 'Also say what was found and done, on success too'
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -s h -l help -d 'Print help (see more with \'--help\')'
@@ -156,6 +156,7 @@ qcow2-luks\t'An encrypted qcow2; needs --secret'
 dmg\t'Apple\'s; only as a source'
 cloop\t'A compressed loop device; only as a source'
 bochs\t'Bochs\'; only as a source'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l secret -d 'Where the secret is that opens an encrypted image: file:PATH, fd:N or env:NAME' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l speed -d 'Limit in bytes a second, such as 50M; holes are not charged' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l workers -d 'Number of reading threads; by default one for each core' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l progress -d 'How progress is shown on standard error' -r -f -a "auto\t'A bar on a terminal, plain lines under systemd\'s journal, else none'
@@ -164,7 +165,7 @@ plain\t'A line every 30 seconds and one at the end'
 none\t'None'"
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l progress-interval -d 'Time between JSON status records (1 by default) and between plain lines (30 by default)' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l direct -d 'Bypass the page cache: what the medium holds counts'
-complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l json -d 'Write JSON lines to standard output'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -l json -d 'Write JSON lines to standard output; to standard error where the copy goes to standard output'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -s q -l quiet -d 'Only errors: no progress, no warnings'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -s v -l verbose -d 'Also say what was found and done, on success too'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand verify" -s h -l help -d 'Print help (see more with \'--help\')'
@@ -183,6 +184,8 @@ qcow2-luks\t'An encrypted qcow2; needs --secret'
 dmg\t'Apple\'s; only as a source'
 cloop\t'A compressed loop device; only as a source'
 bochs\t'Bochs\'; only as a source'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l secret -d 'Where the secret is that opens an encrypted image: file:PATH, fd:N or env:NAME' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l target-secret -d 'Where the secret is that shall open an encrypted target (luks, qcow2-luks); by default that of --secret' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l format -d 'The target\'s format; by default raw, but what --mode existing finds, or what a new file\'s extension says' -r -f -a "raw\t'The disk\'s bytes and nothing else'
 qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'
 vmdk\t'VMware\'s; this and all below by qemu-nbd'
@@ -208,6 +211,10 @@ complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l on
 ignore\t'Go on: an unreadable source range becomes zeroes, an unwritable target range is skipped; exit status 3'
 enospc\t'Stop when the target is full, else report'
 stop\t'Pause, and try again after Enter on the terminal or SIGCONT'"
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l hook-before -d 'A shell command that runs before a disk is opened; exit status 9 if it fails' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l hook-after -d 'One that runs when the copy is complete; if it fails the copy stays, and the exit status is 9' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l hook-failed -d 'One that runs when there is no copy' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l hook-timeout -d 'In which time each of these must end' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l progress -d 'How progress is shown on standard error' -r -f -a "auto\t'A bar on a terminal, plain lines under systemd\'s journal, else none'
 bar\t'A bar; plain lines where standard error is no terminal'
 plain\t'A line every 30 seconds and one at the end'
@@ -215,9 +222,10 @@ none\t'None'"
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l progress-interval -d 'Time between JSON status records (1 by default) and between plain lines (30 by default)' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l only-changed -d 'Read the target first, and write only what differs: onto a device, or with --mode existing'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l verify -d 'Read the target back from its medium, and compare it with what was written; a difference is exit status 7'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l dry-run -d 'Open, lock and check everything, say what the restore would take, and stop before its first byte'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l no-fsync -d 'Do not flush the target; a success then promises nothing about a power cut'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l direct -d 'Bypass the page cache'
-complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l json -d 'Write JSON lines to standard output'
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l json -d 'Write JSON lines to standard output; to standard error where the copy goes to standard output'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -s q -l quiet -d 'Only errors: no progress, no warnings'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -s v -l verbose -d 'Also say what was found and done, on success too'
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -s h -l help -d 'Print help (see more with \'--help\')'

@@ -163,6 +163,12 @@ impl Job {
         }
     }
 
+    /// Blocks for `duration`, or until the job is cancelled, whatever else is asked of it.
+    pub fn sleep(&self, duration: Duration) {
+        let goes_on = |control: &mut Control| !control.is_over();
+        drop(self.wake.wait_timeout_while(self.control(), duration, goes_on));
+    }
+
     /// Charges bytes that were moved to the speed's budget. Never blocks.
     pub fn charge(&self, bytes: u64) {
         self.control().throttle.charge(bytes);

@@ -149,6 +149,15 @@ fn a_secret_opens_what_is_encrypted_and_shows_nowhere() {
         assert!(!wrong.stderr.contains("letmein") && !wrong.stderr.contains("json"), "{wrong:?}");
         assert!(!bench.at("wrong.raw").exists());
     }
+    let (image, manifest) = (bench.at("encrypted"), bench.at("m.json"));
+    bench.copy("plain.raw", "again.raw", &["--manifest", "m.json"]).succeeds();
+    let verify = ["verify", text(&image), "--manifest", text(&manifest)];
+    let key = format!("file:{}", text(&bench.at("key")));
+    drive_backup(&[&verify[..], &["--secret", &key]].concat()).succeeds();
+    assert_eq!(drive_backup(&verify).code, 4, "a ciphertext that nobody opens");
+    let back = bench.at("back.raw");
+    drive_backup(&["restore", text(&image), "--target", text(&back), "--secret", &key]).succeeds();
+    bench.is_disk("back.raw");
     bench.copy("encrypted", "x.raw", &["--source-format", "luks"]).fails(2, "luks needs a --secret");
     let refused = bench.copy("encrypted", "x.raw", &["--secret", "env:NO_SUCH"]);
     refused.fails(2, "there is no variable 'NO_SUCH'");

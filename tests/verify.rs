@@ -208,7 +208,7 @@ fn memchr(bytes: &[u8], what: &[u8]) -> Option<usize> {
 }
 
 #[test]
-fn a_bit_that_flips_below_the_file_system_is_found_before_the_copy_is_published() {
+fn a_bit_that_flips_below_the_file_system_is_found_before_the_copy_is_published_and_later() {
     for kind in ["ext4", "xfs"] {
         let below = Below::new(kind);
         let folder = folder();
@@ -235,6 +235,10 @@ fn a_bit_that_flips_below_the_file_system_is_found_before_the_copy_is_published(
             // The same without a fault.
             copy(&source, &target, &["--verify", "--manifest", text(&manifest)]).succeeds();
             verify(&target, &manifest, &[]).succeeds();
+            // Rot sets in when nobody looks any more.
+            corrupt(&below.backing, marker);
+            let differs = format!("differs from manifest '{}' at 0x400000+4194304", text(&manifest));
+            verify(&target, &manifest, &["--direct"]).fails(7, &differs);
             std::fs::remove_file(&manifest).unwrap();
             std::fs::remove_file(&target).unwrap();
             run("sync", &["-f", text(below.mount.path())]);
@@ -346,7 +350,30 @@ fn a_restore_that_does_not_fit_is_refused() {
         .fails(2, "a new file has nothing that could be kept");
     restore(&at("backup.raw"), &at("backup.raw"), &[]).fails(2, "cannot be the same");
     restore(&at("none.raw"), &at("new.raw"), &[]).fails(4, "No such file");
-    restore(&at("backup.raw"), Path::new("-"), &[]).fails(2, "- is not possible");
+    for stream in ["-", "/dev/stdout"] {
+        restore(&at("backup.raw"), Path::new(stream), &[]).fails(2, &format!("any offset: {stream} is not possible"));
+    }
+    assert_eq!(names(folder.path()), ["backup.raw", "device"]);
+}
+
+#[test]
+fn a_device_is_as_it_was_until_the_first_byte_is_written() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("backup.raw"), noise(3, 2 << 20)).unwrap();
+    let before = noise(4, 2 << 20);
+    std::fs::write(at("device"), &before).unwrap();
+    let device = LoopDevice::over(&at("device"), &[]);
+    let (image, target, none) = (at("backup.raw"), device.path(), at("none"));
+    for format in ["raw", "qcow2"] {
+        let rehearsed = restore(&image, target, &["--format", format, "--dry-run", "-q"]);
+        assert_eq!(rehearsed.code, 0, "{rehearsed:?}");
+        // A disk that can't be opened ends the one before it.
+        let ends = ["--device", text(&image), "--target", text(target), "--device", text(&none), "--target", "x"];
+        let refused = drive_backup(&[&ends[..], &["--format", format]].concat());
+        assert!(refused.code == 4 && refused.stderr.contains("No such file"), "{refused:?}");
+        assert!(read(target) == before, "{format}");
+    }
     assert_eq!(names(folder.path()), ["backup.raw", "device"]);
 }
 

@@ -3,7 +3,7 @@
 use super::instant::{Gathered, Ready};
 use super::options::{Options, OverlayPlace};
 use super::{Disk, Ended, Failure, Summary, TargetState, fail_all, open};
-use crate::error::{Error, Result, Side};
+use crate::error::{Error, Kind, Result, Side};
 use crate::ground::bitmap::Bitmap;
 use crate::ground::cluster::ClusterSize;
 use crate::ground::range::{Allocation, ByteRange};
@@ -15,7 +15,6 @@ use crate::ring::server::{Trap, Writers};
 use crate::snapshot::tracker::FreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 /// For so long the writers are watched.
@@ -33,25 +32,29 @@ pub fn rehearse_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
         Ok(ready) => ready,
         Err(error) => return fail_all(disks.len(), error, ended),
     };
-    for (place, (disk, ready)) in disks.iter().zip(&ready).enumerate() {
-        let rehearsed = rehearse(disk, ready).map(|rehearsal| {
+    for (place, (disk, ready)) in disks.iter().zip(ready).enumerate() {
+        let rehearsed = rehearse(disk, &ready).map(|rehearsal| {
             disk.monitor.event(Event::Rehearsed(&rehearsal));
-            let (total, data, zero) = (rehearsal.virtual_size, 0, 0);
-            let (unreadable, skipped) = (Vec::new(), Vec::new());
-            Summary {
-                total,
-                data,
-                zero,
-                durable: false,
-                consistent: true,
-                verified: None,
-                hash: None,
-                written: None,
-                unreadable,
-                skipped,
-            }
+            planned(rehearsal.virtual_size)
         });
+        // Whoever hears of the end may end the process: until then the empty file is to be gone.
+        drop(ready);
         ended(place, rehearsed.map_err(|error| Failure { error, target: TargetState::Untouched }));
+    }
+}
+
+fn planned(total: u64) -> Summary {
+    Summary {
+        total,
+        data: 0,
+        zero: 0,
+        durable: false,
+        consistent: true,
+        verified: None,
+        hash: None,
+        written: None,
+        unreadable: Vec::new(),
+        skipped: Vec::new(),
     }
 }
 
@@ -61,11 +64,13 @@ fn rehearse(disk: &Disk<'_>, ready: &Ready<'_>) -> Result<Rehearsal> {
     let length = image.length();
     let data = data_of(&*image, disk.job);
     let read_speed = read_speed(&*image, &data, disk.job);
+    // What was found until then is no plan.
+    go_on(disk.job)?;
     let data = data.iter().map(|range| range.length).sum();
     let gathered = Gathered::of(ready)?;
     let (writers, write_rate) = match &gathered.writers {
         None => (0, None),
-        Some(writers) => watch(writers, gathered.cluster_size, length)?,
+        Some(writers) => watch(writers, gathered.cluster_size, length, disk.job)?,
     };
     if writers == 0 {
         // Nobody may write it during the copy; let go again at once.
@@ -73,6 +78,7 @@ fn rehearse(disk: &Disk<'_>, ready: &Ready<'_>) -> Result<Rehearsal> {
             lock::acquire(file.raw.as_file(), &file.path, Side::Source, Terms::Read)?;
         }
     }
+    go_on(disk.job)?;
     let speed = disk.job.speed().map_or(read_speed, |asked| Some(read_speed.map_or(asked, |read| read.min(asked))));
     let duration = speed.filter(|speed| *speed > 0).map(|speed| Duration::from_secs_f64(data as f64 / speed as f64));
     let overlay_most =
@@ -94,6 +100,10 @@ fn rehearse(disk: &Disk<'_>, ready: &Ready<'_>) -> Result<Rehearsal> {
         overlay_free: overlay_free(options),
         overlay_limit: options.overlay_limit,
     })
+}
+
+fn go_on(job: &Job) -> Result<()> {
+    if job.is_cancelled() { Err(Error::new(Kind::Cancelled, "cancelled")) } else { Ok(()) }
 }
 
 /// What would be read. Of an image whose tables can't be read, everything.
@@ -134,7 +144,7 @@ fn read_speed(image: &dyn Image, data: &[ByteRange], job: &Job) -> Option<u64> {
 }
 
 /// How many writers there are, and how many bytes a second they make the overlay grow by: each cluster counts once.
-fn watch(writers: &Writers, size: ClusterSize, length: u64) -> Result<(usize, Option<u64>)> {
+fn watch(writers: &Writers, size: ClusterSize, length: u64, job: &Job) -> Result<(usize, Option<u64>)> {
     let attached = writers.attached();
     if attached == 0 {
         return Ok((0, None));
@@ -143,7 +153,8 @@ fn watch(writers: &Writers, size: ClusterSize, length: u64) -> Result<(usize, Op
     let count = Arc::new(Count { map: writers.free_map(), size, counted });
     writers.freeze()?.thaw(count.clone())?;
     let begin = Instant::now();
-    thread::sleep(WATCH);
+    // A cancel is the caller's to notice: first the writers are let go.
+    job.sleep(WATCH);
     let clusters = count.counted.lock().unwrap_or_else(PoisonError::into_inner).count_ones();
     let rate = clusters as f64 * size.bytes() as f64 / begin.elapsed().as_secs_f64();
     writers.finish()?;

@@ -1,16 +1,17 @@
 //! The one definition of the flags: parser, help, man page and completions come from it.
 
 use super::ctl::CtlArgs;
+use super::hooks::HookFlags;
 use super::remote;
 use super::restore::RestoreArgs;
 use super::serve::args::ServeArgs;
+use super::sight::Sight;
 use super::verify::VerifyArgs;
 use crate::ground::size::{NotASize, parse_rate, parse_size};
 use crate::ground::speed::Schedule;
 use crate::image::qcow2::header::Compression;
 use crate::image::secret::SecretPlace;
-use clap::builder::ArgPredicate;
-use clap::{ArgAction, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -140,7 +141,7 @@ pub struct Args {
     /// As slow as still arrives in time; when the time is over and the copy is not complete, exit status 10
     ///
     /// A time of day, HH:MM, is the next such time here; a date and time, such as 2030-01-31T06:00, may have a zone. The
-    /// speed is planned anew as the copy goes on.
+    /// speed is planned anew as the copy goes on. With --verify the read-back has its part of the time.
     #[arg(long, value_name = "TIME", conflicts_with_all = ["speed", "speed_schedule"], help_heading = PACE)]
     pub finish_by: Option<String>,
 
@@ -206,31 +207,14 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds, default_value = "10", help_heading = FAILURE)]
     pub reconnect_delay: Duration,
 
-    /// A shell command that runs before a disk is opened; exit status 9 if it fails
-    ///
-    /// Of several disks it runs for each. Hooks are told in their environment: DRIVE_BACKUP_HOOK (before, frozen, after,
-    /// failed), and DRIVE_BACKUP_HOOK_DEVICE, _TARGET, _EXIT_CODE, and after a failure _REASON, _MESSAGE and _TARGET_STATE.
-    /// What they print goes to standard error.
-    #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
-    pub hook_before: Option<String>,
+    #[command(flatten)]
+    pub hooks: HookFlags,
 
-    /// One that runs while the writers are frozen, in what is left of --freeze-timeout
+    /// A shell command that runs while the writers are frozen, in what is left of --freeze-timeout
     ///
     /// It must not write to the disk through a writer: that one is frozen.
     #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
     pub hook_frozen: Option<String>,
-
-    /// One that runs when the copy is complete; if it fails the copy stays, and the exit status is 9
-    #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
-    pub hook_after: Option<String>,
-
-    /// One that runs when there is no copy
-    #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
-    pub hook_failed: Option<String>,
-
-    /// In which time each of them must end, but for --hook-frozen
-    #[arg(long, value_name = "TIME", allow_negative_numbers = true, value_parser = timeout, default_value = "10m", help_heading = HOOKS)]
-    pub hook_timeout: Duration,
 
     /// What a read error of the source does
     #[arg(long, value_name = "POLICY", default_value = "report", help_heading = FAILURE)]
@@ -240,18 +224,8 @@ pub struct Args {
     #[arg(long, value_name = "POLICY", default_value = "report", help_heading = FAILURE)]
     pub on_target_error: Policy,
 
-    /// Write JSON lines to standard output, to standard error with --target -
-    #[arg(long, help_heading = SIGHT)]
-    pub json: bool,
-
-    /// How progress is shown on standard error
-    #[arg(long, value_name = "STYLE", default_value = "auto", default_value_if("quiet", ArgPredicate::IsPresent, "none"),
-          help_heading = SIGHT)]
-    pub progress: Progress,
-
-    /// Time between JSON status records (1 by default) and between plain lines (30 by default)
-    #[arg(long, value_name = "SECONDS", allow_hyphen_values = true, value_parser = seconds, help_heading = SIGHT)]
-    pub progress_interval: Option<Duration>,
+    #[command(flatten)]
+    pub sight: Sight,
 
     /// Keep the newest JSON record in a file, replaced as a whole; of several disks, a line for each
     ///
@@ -270,14 +244,6 @@ pub struct Args {
     /// Without it `drive-backup ctl` finds the run all the same.
     #[arg(long, value_name = "unix:PATH", value_parser = remote::socket, help_heading = SIGHT)]
     pub qmp: Option<PathBuf>,
-
-    /// Only errors: no progress, no warnings
-    #[arg(short, long, help_heading = SIGHT)]
-    pub quiet: bool,
-
-    /// Also say what was found and done, on success too
-    #[arg(short, long, conflicts_with = "quiet", action = ArgAction::SetTrue, help_heading = SIGHT)]
-    pub verbose: bool,
 }
 
 /// What the command does beside backups. None of their flags holds for it.
@@ -454,7 +420,7 @@ pub fn seconds(text: &str) -> Result<Duration, &'static str> {
 }
 
 /// Up to a year.
-fn timeout(text: &str) -> Result<Duration, &'static str> {
+pub fn timeout(text: &str) -> Result<Duration, &'static str> {
     let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
     let unit = match unit {
         "" | "s" => 1.0,
@@ -488,12 +454,13 @@ mod tests {
     fn defaults_are_the_promised_ones() {
         let args = parse(&[]).unwrap();
         assert_eq!(
-            (args.mode, args.sparse, args.progress),
+            (args.mode, args.sparse, args.sight.progress),
             (NewImageMode::AbsolutePaths, Sparse::Auto, Progress::Auto)
         );
         assert_eq!((args.on_source_error, args.on_target_error), (Policy::Report, Policy::Report));
         assert_eq!((args.speed, args.workers, args.format, args.source_format), (Speed::Limit(None), None, None, None));
-        assert!(!(args.no_fsync || args.direct || args.json || args.quiet || args.verbose || args.no_backing));
+        let sight = args.sight;
+        assert!(!(args.no_fsync || args.direct || sight.json || sight.quiet || sight.verbose || args.no_backing));
     }
 
     #[test]
@@ -510,8 +477,11 @@ mod tests {
         ] {
             assert_eq!(parse(&["--compress", text]).unwrap().compress, Some(Compress { kind, level }));
         }
-        assert_eq!(parse(&["--progress-interval", "0.5"]).unwrap().progress_interval, Some(Duration::from_millis(500)));
-        assert_eq!(parse(&["-q"]).unwrap().progress, Progress::None);
+        assert_eq!(
+            parse(&["--progress-interval", "0.5"]).unwrap().sight.progress_interval,
+            Some(Duration::from_millis(500))
+        );
+        assert_eq!(parse(&["-q"]).unwrap().sight.progress, Progress::None);
         assert_eq!(parse(&["--speed", "auto"]).unwrap().speed, Speed::Auto);
         for (text, seconds) in [("10", 10.0), ("0.5", 0.5), ("90m", 5400.0), ("1.5h", 5400.0), ("2d", 172_800.0)] {
             assert_eq!(parse(&["--timeout", text]).unwrap().timeout, Some(Duration::from_secs_f64(seconds)), "{text}");

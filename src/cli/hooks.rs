@@ -1,11 +1,46 @@
 //! The user's commands around the backup of each disk.
 
+use super::args::timeout;
 use super::exit;
 use super::resolve::target_word;
 use crate::backup::{Disk, Failure, Summary, TargetState};
 use crate::error::Result;
 use crate::hook::{Hook, When};
+use clap::Args;
 use std::time::Duration;
+
+const HOOKS: &str = "Commands of your own";
+
+// No doc comment: it would take the place of the command's own.
+#[derive(Args, Clone, Debug)]
+pub struct HookFlags {
+    /// A shell command that runs before a disk is opened; exit status 9 if it fails
+    ///
+    /// Of several disks it runs for each. Hooks are told in their environment: DRIVE_BACKUP_HOOK (before, frozen, after,
+    /// failed), and DRIVE_BACKUP_HOOK_DEVICE, _TARGET, _EXIT_CODE, and after a failure _REASON, _MESSAGE and _TARGET_STATE.
+    /// What they print goes to standard error.
+    #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
+    pub hook_before: Option<String>,
+
+    /// One that runs when the copy is complete; if it fails the copy stays, and the exit status is 9
+    #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
+    pub hook_after: Option<String>,
+
+    /// One that runs when there is no copy
+    #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
+    pub hook_failed: Option<String>,
+
+    /// In which time each of these must end
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true, value_parser = timeout, default_value = "10m", help_heading = HOOKS)]
+    pub hook_timeout: Duration,
+}
+
+impl From<HookFlags> for Hooks {
+    fn from(flags: HookFlags) -> Self {
+        let HookFlags { hook_before: before, hook_after: after, hook_failed: failed, hook_timeout: timeout } = flags;
+        Self { before, after, failed, timeout }
+    }
+}
 
 /// What runs around each disk's backup. The one that runs while writers are frozen is the engine's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -16,6 +16,7 @@ mod resolve;
 mod restore;
 mod serve;
 mod session;
+mod sight;
 mod signals;
 mod signs;
 mod steer;

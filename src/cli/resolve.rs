@@ -1,7 +1,7 @@
 //! From flags to what they ask for: defaults filled in, contradictions refused before anything is opened.
 
 use super::args::{
-    Args, CbwPolicy, Compress, ImageFormat, NewImageMode, Policy, Progress, Snapshot, Sparse, Speed, WriterPolicy,
+    Args, CbwPolicy, Compress, ImageFormat, NewImageMode, Policy, Snapshot, Sparse, Speed, WriterPolicy,
 };
 use super::hooks::Hooks;
 use super::pairs;
@@ -26,7 +26,6 @@ use std::time::Duration;
 const CLUSTER_SIZES: std::ops::RangeInclusive<u64> = 512..=2 << 20;
 /// As the backup's --reconnect-delay.
 const RECONNECT: Duration = Duration::from_secs(10);
-const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a run is asked to do and to show.
 #[derive(Clone, Debug)]
@@ -43,6 +42,20 @@ pub struct Plan {
     pub files: Files,
     /// Where QMP clients come in.
     pub qmp: Option<PathBuf>,
+}
+
+impl Plan {
+    /// One disk at one speed, in bytes a second, with nothing around it.
+    pub fn of_one(disk: Options, speed: Option<u64>, view: View) -> Self {
+        Self {
+            disks: vec![disk],
+            steering: Steering { course: Course::Steady(speed), timeout: None },
+            hooks: Hooks::default(),
+            view,
+            files: Files::default(),
+            qmp: None,
+        }
+    }
 }
 
 /// What a run shows.
@@ -71,48 +84,12 @@ pub enum JsonEnd {
     Stderr,
 }
 
-/// The flags of what is shown, which every subcommand has that moves bytes.
-pub struct Shown {
-    pub json: bool,
-    pub progress: Progress,
-    pub interval: Option<Duration>,
-    pub quiet: bool,
-    pub verbose: bool,
-    pub dry_run: bool,
-}
-
-impl Shown {
-    /// What they ask for; `to_stdout`: standard output is the target.
-    pub fn view(self, to_stdout: bool) -> View {
-        let style = Style::choose(self.progress, self.interval);
-        let json = self.json.then_some(if to_stdout { JsonEnd::Stderr } else { JsonEnd::Stdout });
-        let style = match json {
-            Some(JsonEnd::Stderr) => Style::None,
-            // The bar would run through the lines.
-            Some(JsonEnd::Stdout) if matches!(style, Style::Bar { .. }) && std::io::stdout().is_terminal() => {
-                Style::None
-            }
-            _ => style,
-        };
-        let status_interval = self.interval.unwrap_or(STATUS_INTERVAL);
-        View { json, status_interval, style, quiet: self.quiet, verbose: self.verbose, dry_run: self.dry_run }
-    }
-}
-
 /// A plan, or what is wrong with the flags, in one line with a hint.
 pub fn plan(args: Args) -> Result<Plan> {
     check(&args)?;
-    let shown = Shown {
-        json: args.json,
-        progress: args.progress,
-        interval: args.progress_interval,
-        quiet: args.quiet,
-        verbose: args.verbose,
-        dry_run: args.dry_run,
-    };
-    let view = shown.view(args.target.iter().any(|target| is_dash(target)));
+    let view = args.sight.view(args.target.iter().any(|target| is_dash(target)), args.dry_run);
     let ends = args.device.iter().zip(&args.target).enumerate();
-    let secrets = Secrets::read(&args)?;
+    let secrets = Secrets::read(args.secret.as_ref(), args.target_secret.as_ref())?;
     let disk = |(place, (device, target)): (usize, (&PathBuf, &PathBuf))| {
         let manifest = args.manifest.get(place).cloned();
         let proof = ProofOptions { verify: args.verify, manifest, expected: None };
@@ -121,14 +98,12 @@ pub fn plan(args: Args) -> Result<Plan> {
     let disks = ends.map(disk).collect::<Result<_>>()?;
     let steering = Steering { course: course(&args)?, timeout: args.timeout };
     let files = Files { status: args.status_file, metrics: args.metrics_file, ..Files::default() };
-    let (before, after, failed) = (args.hook_before, args.hook_after, args.hook_failed);
-    let hooks = Hooks { before, after, failed, timeout: args.hook_timeout };
-    Ok(Plan { qmp: args.qmp, disks, steering, hooks, view, files })
+    Ok(Plan { qmp: args.qmp, disks, steering, hooks: args.hooks.into(), view, files })
 }
 
 fn course(args: &Args) -> Result<Course> {
     Ok(match (&args.finish_by, &args.speed_schedule, args.speed) {
-        (Some(time), _, _) => Course::finish_by(time, &Zoned::now())?,
+        (Some(time), _, _) => Course::finish_by(time, &Zoned::now(), args.verify)?,
         (None, Some(schedule), _) => Course::Schedule(schedule.clone()),
         (None, None, Speed::Auto) => Course::Auto,
         (None, None, Speed::Limit(rate)) => Course::Steady(rate),
@@ -144,17 +119,22 @@ pub fn is_dash(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
+/// Is it another name of standard output?
+pub fn is_stdout(path: &Path) -> bool {
+    ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
+}
+
 /// Of all disks.
-struct Secrets {
-    source: Option<Secret>,
-    target: Option<Secret>,
+pub struct Secrets {
+    pub source: Option<Secret>,
+    /// As the source's, if it has none of its own.
+    pub target: Option<Secret>,
 }
 
 impl Secrets {
-    fn read(args: &Args) -> Result<Self> {
-        let read = |place: &Option<SecretPlace>| place.as_ref().map(SecretPlace::read).transpose();
-        let source = read(&args.secret)?;
-        let target = read(&args.target_secret)?.or_else(|| source.clone());
+    pub fn read(source: Option<&SecretPlace>, target: Option<&SecretPlace>) -> Result<Self> {
+        let source = source.map(SecretPlace::read).transpose()?;
+        let target = target.map(SecretPlace::read).transpose()?.or_else(|| source.clone());
         Ok(Self { source, target })
     }
 }
@@ -269,6 +249,10 @@ fn check(args: &Args) -> Result<()> {
     let refuse = |what: &str| Err(Error::new(Kind::Usage, what));
     if args.device.iter().any(|device| is_dash(device)) {
         return refuse("--device - is not possible: a backup reads at any offset; name a file or a device");
+    }
+    if let Some(target) = args.target.iter().find(|target| is_stdout(target)) {
+        let what = format!("--target {}: write --target - for a raw stream to standard output", target.display());
+        return refuse(&what);
     }
     if let Some(size) = args.cluster_size
         && !(size.is_power_of_two() && CLUSTER_SIZES.contains(&size))
@@ -438,6 +422,8 @@ mod tests {
     fn contradictions_are_refused_with_the_flag_and_a_hint() {
         for (flags, flag, hint) in [
             ("--device - ", "--device -", "name a file"),
+            ("--target /dev/stdout", "--target /dev/stdout", "write --target -"),
+            ("--target /dev/fd/1", "--target /dev/fd/1", "write --target -"),
             ("--device a --device b --target x", "2 --device and 1 --target", "one --target for each"),
             ("--device a --target x --target -", "1 --device and 2 --target", "one --target for each"),
             ("--device a --device b --target x --target -", "--target -", "takes one disk"),

@@ -1,23 +1,20 @@
 //! `drive-backup restore`: an image back onto a device.
 
-use super::args::{ImageFormat, Limit, NewImageMode, Policy, Progress, limit, seconds};
-use super::hooks::Hooks;
+use super::args::{ImageFormat, Limit, NewImageMode, Policy, limit};
+use super::hooks::HookFlags;
 use super::pairs;
-use super::resolve::{self, Plan, Shown, is_dash};
-use super::signs::Files;
-use super::steer::{Course, Steering};
+use super::resolve::{self, Plan, Secrets, is_dash, is_stdout};
+use super::sight::Sight;
 use crate::backup::{Mode, Options, ProofOptions, Restoring, SyncMode, Target};
 use crate::error::{Error, Kind, Result};
 use crate::image::format::Format;
 use crate::image::location::Location;
-use clap::builder::ArgPredicate;
+use crate::image::secret::SecretPlace;
 use clap::{Args, ValueHint};
 use std::path::PathBuf;
-use std::time::Duration;
 
 const RESTORE: &str = "What and where to";
 const PACE: &str = "How";
-const SIGHT: &str = "What you see";
 
 /// Write an image back to a block device, or to a file
 ///
@@ -51,6 +48,23 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "FORMAT", help_heading = RESTORE)]
     pub source_format: Option<ImageFormat>,
 
+    /// Where the secret is that opens an encrypted image: file:PATH, fd:N or env:NAME
+    ///
+    /// One newline at its end is not part of it. With it, an image that is LUKS or encrypted qcow2 is read decrypted; without
+    /// it, one that begins with LUKS is restored as it is.
+    #[arg(long, value_name = "PLACE", help_heading = RESTORE)]
+    pub secret: Option<SecretPlace>,
+
+    /// Where the secret is that shall open an encrypted target (luks, qcow2-luks); by default that of --secret
+    #[arg(long, value_name = "PLACE", help_heading = RESTORE)]
+    pub target_secret: Option<SecretPlace>,
+
+    /// Open, lock and check everything, say what the restore would take, and stop before its first byte
+    ///
+    /// Hooks do not run.
+    #[arg(long, help_heading = RESTORE)]
+    pub dry_run: bool,
+
     /// The target's format; by default raw, but what --mode existing finds, or what a new file's extension says
     #[arg(long, value_name = "FORMAT", help_heading = RESTORE)]
     pub format: Option<ImageFormat>,
@@ -83,33 +97,19 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "POLICY", default_value = "report", help_heading = PACE)]
     pub on_target_error: Policy,
 
-    /// Write JSON lines to standard output
-    #[arg(long, help_heading = SIGHT)]
-    pub json: bool,
+    #[command(flatten)]
+    pub hooks: HookFlags,
 
-    /// How progress is shown on standard error
-    #[arg(long, value_name = "STYLE", default_value = "auto", default_value_if("quiet", ArgPredicate::IsPresent, "none"),
-          help_heading = SIGHT)]
-    pub progress: Progress,
-
-    /// Time between JSON status records (1 by default) and between plain lines (30 by default)
-    #[arg(long, value_name = "SECONDS", allow_hyphen_values = true, value_parser = seconds, help_heading = SIGHT)]
-    pub progress_interval: Option<Duration>,
-
-    /// Only errors: no progress, no warnings
-    #[arg(short, long, help_heading = SIGHT)]
-    pub quiet: bool,
-
-    /// Also say what was found and done, on success too
-    #[arg(short, long, conflicts_with = "quiet", help_heading = SIGHT)]
-    pub verbose: bool,
+    #[command(flatten)]
+    pub sight: Sight,
 }
 
 /// What the engine is asked for: a backup the other way.
 pub fn plan(args: RestoreArgs) -> Result<Plan> {
     let (image, target) = (args.image.unwrap_or_default(), args.target.unwrap_or_default());
-    if is_dash(&image) || is_dash(&target) {
-        return Err(Error::new(Kind::Usage, "restore reads and writes at any offset: - is not possible"));
+    if let Some(stream) = [&image, &target].into_iter().find(|path| is_dash(path) || is_stdout(path)) {
+        let what = format!("restore reads and writes at any offset: {} is not possible", stream.display());
+        return Err(Error::new(Kind::Usage, what));
     }
     pairs::check(std::slice::from_ref(&image), std::slice::from_ref(&target))?;
     let mode = match args.mode {
@@ -122,7 +122,10 @@ pub fn plan(args: RestoreArgs) -> Result<Plan> {
         (None, Mode::AbsolutePaths) if !by_extension => Some(Format::Raw),
         (None, _) => None,
     };
+    let secrets = Secrets::read(args.secret.as_ref(), args.target_secret.as_ref())?;
     let disk = Options {
+        secret: secrets.source,
+        target_secret: secrets.target,
         source_format: args.source_format.map(Into::into),
         format,
         mode,
@@ -136,20 +139,6 @@ pub fn plan(args: RestoreArgs) -> Result<Plan> {
         on_target_error: args.on_target_error.into(),
         ..resolve::reading(&image, Target::At(Location::parse(&target)?))?
     };
-    let shown = Shown {
-        json: args.json,
-        progress: args.progress,
-        interval: args.progress_interval,
-        quiet: args.quiet,
-        verbose: args.verbose,
-        dry_run: false,
-    };
-    Ok(Plan {
-        disks: vec![disk],
-        steering: Steering { course: Course::Steady(args.speed.0), timeout: None },
-        hooks: Hooks::default(),
-        view: shown.view(false),
-        files: Files::default(),
-        qmp: None,
-    })
+    let plan = Plan::of_one(disk, args.speed.0, args.sight.view(false, args.dry_run));
+    Ok(Plan { hooks: args.hooks.into(), ..plan })
 }

@@ -26,12 +26,17 @@ pub enum Course {
     /// By the time of day.
     Schedule(Schedule),
     /// As slow as is ready then.
-    FinishBy(Timestamp),
+    FinishBy {
+        /// Then.
+        end: Timestamp,
+        /// The copy is read back before it is ready.
+        reads_back: bool,
+    },
 }
 
 impl Course {
     /// Reads the time of `--finish-by`, as of `now` and in its zone. One in the past is refused.
-    pub fn finish_by(text: &str, now: &Zoned) -> Result<Self> {
+    pub fn finish_by(text: &str, now: &Zoned, reads_back: bool) -> Result<Self> {
         let refuse = |why: String| Error::new(Kind::Usage, format!("--finish-by {text}: {why}"));
         let has_date = text.contains('-');
         let end = if let Some(time) = text.parse::<Time>().ok().filter(|_| !has_date) {
@@ -45,7 +50,10 @@ impl Course {
             let time = text.parse::<DateTime>().map_err(wrong)?;
             time.to_zoned(now.time_zone().clone()).map_err(|error| refuse(error.to_string()))?.timestamp()
         };
-        if end > now.timestamp() { Ok(Self::FinishBy(end)) } else { Err(refuse("that time has passed".to_owned())) }
+        let is_to_come = end > now.timestamp();
+        is_to_come
+            .then_some(Self::FinishBy { end, reads_back })
+            .ok_or_else(|| refuse("that time has passed".to_owned()))
     }
 }
 
@@ -64,7 +72,7 @@ impl Steering {
         match &self.course {
             Course::Steady(rate) => *rate,
             // Until the first look.
-            Course::Auto | Course::FinishBy(_) => Some(speed::FIRST),
+            Course::Auto | Course::FinishBy { .. } => Some(speed::FIRST),
             Course::Schedule(schedule) => schedule.rate_at(minute(&Zoned::now())),
         }
     }
@@ -102,7 +110,7 @@ pub fn start(steering: Steering, jobs: Vec<Arc<Job>>, late: impl Fn(&'static str
 fn too_late(steering: &Steering, now: &Zoned, elapsed: Duration) -> Option<&'static str> {
     match (&steering.course, steering.timeout) {
         // By the wall clock: a machine that slept is late too.
-        (Course::FinishBy(end), _) if now.timestamp() >= *end => Some("--finish-by"),
+        (Course::FinishBy { end, .. }, _) if now.timestamp() >= *end => Some("--finish-by"),
         (_, Some(timeout)) if elapsed >= timeout => Some("--timeout"),
         _ => None,
     }
@@ -145,7 +153,12 @@ impl Helm {
     /// The speed from now on, if it is to change.
     fn look(&mut self, look: &Look<'_>) -> Option<Option<u64>> {
         let before = self.before.replace(look.job);
-        if look.job.phase != Phase::Copy {
+        let is_moving = match self.course {
+            // What is read back has its part of the time.
+            Course::FinishBy { .. } => matches!(look.job.phase, Phase::Copy | Phase::Verify),
+            _ => look.job.phase == Phase::Copy,
+        };
+        if !is_moving {
             return None;
         }
         if look.job.speed_limit != self.set {
@@ -157,11 +170,11 @@ impl Helm {
             Course::Steady(rate) => *rate,
             Course::Auto => self.courtesy.look(sample(look, before.as_ref())),
             Course::Schedule(schedule) => schedule.rate_at(minute(look.now)),
-            Course::FinishBy(end) => {
+            Course::FinishBy { end, reads_back } => {
                 let now = look.now.timestamp();
                 let until = |end: Timestamp| Duration::try_from(end.duration_since(now)).unwrap_or_default();
                 let arrival = *self.arrival.get_or_insert_with(|| *end - speed::reserve(until(*end)));
-                speed::to_arrive_in(until(arrival), look.job.total.saturating_sub(look.job.done()))
+                speed::to_arrive_in(until(arrival), left_of(&look.job, *reads_back))
             }
         };
         (rate != self.set).then(|| {
@@ -169,6 +182,16 @@ impl Helm {
             rate
         })
     }
+}
+
+/// Bytes to be copied and, if the copy is read back, to be read: the data of it, and what may turn out to be data.
+fn left_of(job: &Snapshot, reads_back: bool) -> u64 {
+    if job.phase == Phase::Verify {
+        // Holes of the target cost nothing, so what is left of it is at most as much as there is data.
+        return job.total.saturating_sub(job.verified).min(job.data);
+    }
+    let to_copy = job.total.saturating_sub(job.done());
+    to_copy.saturating_add(if reads_back { job.data.saturating_add(to_copy) } else { 0 })
 }
 
 /// What happened since the look before.
@@ -202,8 +225,8 @@ mod tests {
     }
 
     fn end(text: &str) -> String {
-        match Course::finish_by(text, &evening()).unwrap() {
-            Course::FinishBy(end) => end.to_string(),
+        match Course::finish_by(text, &evening(), false).unwrap() {
+            Course::FinishBy { end, .. } => end.to_string(),
             other => panic!("{other:?}"),
         }
     }
@@ -240,7 +263,7 @@ mod tests {
             ("soon", "time of day"),
             ("", "time of day"),
         ] {
-            let error = Course::finish_by(text, &evening()).expect_err(text);
+            let error = Course::finish_by(text, &evening(), false).expect_err(text);
             assert_eq!(error.kind(), Kind::Usage);
             assert!(error.to_string().contains(why), "{text}: {error}");
         }
@@ -261,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_deadline_sets_a_speed_that_is_planned_again() {
-        let mut helm = helm(Course::finish_by("23:00", &evening()).unwrap());
+        let mut helm = helm(Course::finish_by("23:00", &evening(), false).unwrap());
         let look = |minutes: i64, data, limit, helm: &mut Helm| {
             helm.look(&Look {
                 now: &(&evening() + minutes.minutes()),
@@ -279,8 +302,34 @@ mod tests {
     }
 
     #[test]
+    fn the_time_of_a_copy_that_is_read_back_is_for_both() {
+        let mut helm = helm(Course::finish_by("23:00", &evening(), true).unwrap());
+        let (total, mut limit) = (1710 * MIB, helm.set);
+        let mut look = |minutes: i64, job: Snapshot| {
+            let job = Snapshot { speed_limit: limit, ..job };
+            if let Some(rate) = helm.look(&Look { now: &(&evening() + minutes.minutes()), elapsed: LOOK, job }) {
+                limit = rate;
+            }
+            limit
+        };
+        // Of 57 minutes half are for the copy.
+        assert_eq!(look(0, copying(total, 0, None)), Some(MIB));
+        assert_eq!(look(10, copying(total, 600 * MIB, None)), Some(MIB), "as planned");
+        // A half is empty, so there is less to read back.
+        let half = Snapshot { zero: total / 2, ..copying(total, 600 * MIB, None) };
+        assert_eq!(look(10, half), Some((255 * MIB + 855 * MIB).div_ceil(47 * 60)));
+        let verifying = |verified| Snapshot { phase: Phase::Verify, verified, ..copying(total, total, None) };
+        assert_eq!(look(27, Snapshot { phase: Phase::Flush, ..verifying(0) }), look(10, half), "nothing moves");
+        assert_eq!(look(37, verifying(510 * MIB)), Some(MIB));
+        assert_eq!(look(47, verifying(510 * MIB)), Some(2 * MIB), "it has stood still");
+        // Holes are read at once, and count.
+        let sparse = Snapshot { zero: total - MIB, ..copying(total, MIB, None) };
+        assert_eq!(look(47, Snapshot { phase: Phase::Verify, ..sparse }), Some(MIB.div_ceil(600)));
+    }
+
+    #[test]
     fn a_speed_that_is_set_by_hand_stays() {
-        let mut helm = helm(Course::finish_by("23:00", &evening()).unwrap());
+        let mut helm = helm(Course::finish_by("23:00", &evening(), false).unwrap());
         let look = |limit, helm: &mut Helm| {
             helm.look(&Look { now: &evening(), elapsed: LOOK, job: copying(3420 * MIB, 0, limit) })
         };
@@ -311,7 +360,7 @@ mod tests {
 
     #[test]
     fn nothing_changes_before_the_copy_and_after_it() {
-        let mut helm = helm(Course::finish_by("23:00", &evening()).unwrap());
+        let mut helm = helm(Course::finish_by("23:00", &evening(), false).unwrap());
         for phase in [Phase::Prepare, Phase::Flush, Phase::Publish, Phase::Cancel] {
             let job = Snapshot { phase, ..copying(3420 * MIB, 0, None) };
             assert_eq!(helm.look(&Look { now: &evening(), elapsed: LOOK, job }), None, "{phase:?}");
@@ -320,7 +369,7 @@ mod tests {
 
     #[test]
     fn time_is_up_by_the_wall_clock_or_by_what_has_passed() {
-        let by = Steering { course: Course::finish_by("23:00", &evening()).unwrap(), timeout: Some(LOOK) };
+        let by = Steering { course: Course::finish_by("23:00", &evening(), false).unwrap(), timeout: Some(LOOK) };
         assert_eq!(too_late(&by, &(&evening() + 1.hour()), Duration::ZERO), Some("--finish-by"));
         assert_eq!(too_late(&by, &evening(), LOOK), Some("--timeout"));
         assert_eq!(too_late(&by, &evening(), Duration::ZERO), None);

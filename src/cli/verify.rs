@@ -1,17 +1,14 @@
 //! `drive-backup verify`: an image beside a manifest.
 
-use super::args::{ImageFormat, Limit, Progress, limit, seconds};
-use super::hooks::Hooks;
-use super::resolve::{self, Plan, Shown};
-use super::signs::Files;
-use super::steer::{Course, Steering};
+use super::args::{ImageFormat, Limit, limit};
+use super::resolve::{self, Plan, Secrets};
+use super::sight::Sight;
 use crate::backup::{Options, ProofOptions, Target};
 use crate::error::Result;
 use crate::ground::policy::OnError;
-use clap::builder::ArgPredicate;
+use crate::image::secret::SecretPlace;
 use clap::{Args, ValueHint};
 use std::path::PathBuf;
-use std::time::Duration;
 
 /// Check that an image holds what a manifest says
 ///
@@ -33,6 +30,12 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FORMAT")]
     pub source_format: Option<ImageFormat>,
 
+    /// Where the secret is that opens an encrypted image: file:PATH, fd:N or env:NAME
+    ///
+    /// One newline at its end is not part of it. Needed where the copied disk was read decrypted.
+    #[arg(long, value_name = "PLACE")]
+    pub secret: Option<SecretPlace>,
+
     /// Limit in bytes a second, such as 50M; holes are not charged
     #[arg(long, value_name = "RATE", allow_hyphen_values = true, value_parser = limit, default_value = "off")]
     pub speed: Limit,
@@ -45,30 +48,8 @@ pub struct VerifyArgs {
     #[arg(long)]
     pub direct: bool,
 
-    /// Write JSON lines to standard output
-    #[arg(long)]
-    pub json: bool,
-
-    /// How progress is shown on standard error
-    #[arg(
-        long,
-        value_name = "STYLE",
-        default_value = "auto",
-        default_value_if("quiet", ArgPredicate::IsPresent, "none")
-    )]
-    pub progress: Progress,
-
-    /// Time between JSON status records (1 by default) and between plain lines (30 by default)
-    #[arg(long, value_name = "SECONDS", allow_hyphen_values = true, value_parser = seconds)]
-    pub progress_interval: Option<Duration>,
-
-    /// Only errors: no progress, no warnings
-    #[arg(short, long)]
-    pub quiet: bool,
-
-    /// Also say what was found and done, on success too
-    #[arg(short, long, conflicts_with = "quiet")]
-    pub verbose: bool,
+    #[command(flatten)]
+    pub sight: Sight,
 }
 
 /// What the engine is asked for: to read everything, and to write nothing.
@@ -76,6 +57,7 @@ pub fn plan(args: VerifyArgs) -> Result<Plan> {
     let image = args.image.unwrap_or_default();
     let disk = Options {
         source_format: args.source_format.map(Into::into),
+        secret: Secrets::read(args.secret.as_ref(), None)?.source,
         direct: args.direct,
         workers: resolve::workers(args.workers),
         // One bad sector is not all that there is to know.
@@ -83,20 +65,5 @@ pub fn plan(args: VerifyArgs) -> Result<Plan> {
         proof: ProofOptions { expected: args.manifest, ..ProofOptions::default() },
         ..resolve::reading(&image, Target::Nowhere)?
     };
-    let shown = Shown {
-        json: args.json,
-        progress: args.progress,
-        interval: args.progress_interval,
-        quiet: args.quiet,
-        verbose: args.verbose,
-        dry_run: false,
-    };
-    Ok(Plan {
-        disks: vec![disk],
-        steering: Steering { course: Course::Steady(args.speed.0), timeout: None },
-        hooks: Hooks::default(),
-        view: shown.view(false),
-        files: Files::default(),
-        qmp: None,
-    })
+    Ok(Plan::of_one(disk, args.speed.0, args.sight.view(false, false)))
 }

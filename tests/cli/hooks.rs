@@ -33,6 +33,21 @@ fn each_runs_at_its_time_and_is_told_what_it_is_about() {
 }
 
 #[test]
+fn a_restore_has_them_too() {
+    let bench = Bench::new();
+    let restore = |image: &str| {
+        let hooks = ["--hook-before", TELL, "--hook-after", TELL, "--hook-failed", TELL];
+        let output = bench.bare().args(["restore", image, "--target", "out.raw"]).args(hooks).output().unwrap();
+        code(output.status)
+    };
+    assert_eq!(restore("disk.raw"), 0);
+    assert_eq!(told(&bench), ["before disk.raw out.raw", "after disk.raw out.raw 0 there"]);
+    fs::remove_file(bench.path("told")).unwrap();
+    assert_eq!(restore("none.raw"), 4);
+    assert_eq!(told(&bench), ["before none.raw out.raw there", "failed none.raw out.raw 4 source there"]);
+}
+
+#[test]
 fn one_that_fails_before_leaves_everything_untouched() {
     let bench = Bench::new();
     let output = bench.backup().args(ALL).args(["--json"]).output().unwrap();

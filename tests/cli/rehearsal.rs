@@ -1,9 +1,12 @@
 //! `--dry-run`: everything is opened and checked, nothing is touched, and what is told is true.
 
-use crate::kit::{Bench, DISK, code, records};
+use crate::kit::{Bench, DISK, Records, Running, code, records, wait_until};
 use drive_backup::writer::Writer;
+use nix::libc::SIGINT;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -94,4 +97,50 @@ fn writers_are_counted_and_their_rate_is_measured() {
     });
     drop(writer);
     assert_eq!(bench.leftovers(), ["meet"]);
+}
+
+#[test]
+fn one_that_is_cancelled_ends_as_cancelled_and_plans_nothing() {
+    let bench = Bench::new();
+    let (disk, meet) = (bench.path("disk.raw"), bench.path("meet"));
+    let writer = Writer::open_in(&disk, &meet).unwrap();
+    let mut command = bench.backup();
+    command.args(["--dry-run", "--json", "--writer-dir"]).arg(&meet);
+    let mut rehearsal = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    // Its writers are watched for a second from here on.
+    wait_until("the writer is watched", || writer.would_wait(0, 512));
+    rehearsal.signal(SIGINT);
+    let records: Vec<_> = Records::of(&mut rehearsal).collect();
+    assert_eq!(rehearsal.wait().signal(), Some(SIGINT));
+    let last = records.last().unwrap();
+    assert_eq!((&last["message_type"], &last["reason"]), (&"exit_error".into(), &"signal".into()));
+    assert_eq!((&last["exit_code"], &last["target_state"]), (&130.into(), &"untouched".into()));
+    // Not given up on: it came back by itself.
+    let message = last["message"].as_str().unwrap();
+    assert!(message.starts_with("ended by SIGINT: cancelled"), "{message}");
+    assert!(!records.iter().any(|record| record["message_type"] == "plan"), "{records:?}");
+    wait_until("the writer was let go", || !writer.would_wait(0, 512));
+    assert_eq!(bench.leftovers(), ["meet"]);
+}
+
+#[test]
+fn a_restore_is_rehearsed_too() {
+    let bench = Bench::new();
+    fs::write(bench.path("there"), vec![7; DISK as usize]).unwrap();
+    let restore = ["restore", "disk.raw", "--target"];
+    for (target, flags) in [("new", &[][..]), ("there", &["--mode", "existing", "--only-changed"])] {
+        let mut command = bench.bare();
+        let hook = ["--hook-before", "touch ran", "--hook-after", "touch ran"];
+        let output = command.args(restore).arg(target).args(flags).args(hook).args(["--dry-run", "--json"]).output();
+        let output = output.unwrap();
+        assert_eq!(code(output.status), 0, "{}", String::from_utf8_lossy(&output.stderr));
+        let records = records(&output.stdout);
+        assert_eq!((&records[0]["message_type"], &records[0]["bytes_data"]), (&"plan".into(), &DISK.into()));
+        assert_eq!(records.last().unwrap()["result"], "planned");
+        assert_eq!(bench.leftovers(), ["there"]);
+        assert!(fs::read(bench.path("there")).unwrap().iter().all(|byte| *byte == 7));
+    }
+    fs::write(bench.path("small"), "x").unwrap();
+    let refused = [&restore[..], &["small", "--mode", "existing", "--dry-run"]].concat();
+    assert_eq!(code(bench.bare().args(refused).output().unwrap().status), 2);
 }
