@@ -4,8 +4,9 @@
 //! cargo bench --bench verify -- [--mib N] [--runs N] [--folder DIR]
 //! ```
 //!
-//! Whole processes, in alternation, page cache warm, a sync between them; medians of wall time and of processor time. `--manifest`
-//! hashes whatever is copied, `--verify` needs the same hashes: what it adds is the read-back.
+//! Whole processes, in alternation, page cache warm, a sync between them; medians of wall time and of processor time, and of what each
+//! round added to them in percent: other work on the machine disturbs both runs of a round alike. `--manifest` hashes whatever is
+//! copied, `--verify` needs the same hashes: what it adds is the read-back.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -79,10 +80,15 @@ fn run(source: &Path, target: &Path, flags: &[&str]) -> Cost {
     Cost { wall: begin.elapsed().as_secs_f64(), processor: processor() - before }
 }
 
-fn median(costs: &[Cost], of: impl Fn(&Cost) -> f64) -> f64 {
-    let mut values: Vec<f64> = costs.iter().map(of).collect();
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
+}
+
+/// In percent, the median of the rounds.
+fn more(plain: &[Cost], hashed: &[Cost], of: impl Fn(&Cost) -> f64) -> f64 {
+    100.0 * (median(plain.iter().zip(hashed).map(|(plain, hashed)| of(hashed) / of(plain))) - 1.0)
 }
 
 fn main() {
@@ -121,16 +127,14 @@ fn main() {
                 }
             }
         }
-        let wall: Vec<f64> = costs.iter().map(|costs| median(costs, |cost| cost.wall)).collect();
-        let processor: Vec<f64> = costs.iter().map(|costs| median(costs, |cost| cost.processor)).collect();
-        let more = |values: &[f64]| 100.0 * (values[1] / values[0] - 1.0);
+        let wall: Vec<f64> = costs.iter().map(|costs| median(costs.iter().map(|cost| cost.wall))).collect();
         println!(
             "| {name} | {:.3} | {:.3} | {:+.0} % | {:.3} | {:+.0} % | {} |",
             wall[0],
             wall[1],
-            more(&wall),
-            processor[1],
-            more(&processor),
+            more(&costs[0], &costs[1], |cost| cost.wall),
+            median(costs[1].iter().map(|cost| cost.processor)),
+            more(&costs[0], &costs[1], |cost| cost.processor),
             wall.get(2).map_or_else(String::new, |wall_all| format!("{:+.3}", wall_all - wall[1])),
         );
     }

@@ -5,7 +5,7 @@ use super::destination::Destination;
 use super::instant::Moment;
 use super::origin::Origin;
 use crate::copier::{Hashing, Losses};
-use crate::digest::{BLOCK, Digest, Found, Sums, ranges};
+use crate::digest::{BLOCK, Digest, Found, Summed, Sums, ranges};
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::ByteRange;
 use crate::ground::size::Bytes;
@@ -17,6 +17,9 @@ use crate::scan::{Scan, Scanned};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
+
+/// Pieces of blocks that may wait for the flush: 64 MiB of them.
+const MOST_DEFERRED: usize = 1 << 20;
 
 /// What is proved of a copy, and how.
 pub struct Proof {
@@ -40,8 +43,12 @@ impl Proof {
         let proof = &disk.options.proof;
         let is_wanted = proof.verify || proof.manifest.is_some() || expected.is_some();
         // What the file system has cloned is read later.
-        let sums = (is_wanted && !moment.is_on_target())
-            .then(|| Sums::new(length, expected.as_ref().map(|contents| Arc::new(contents.digest.clone()))));
+        let sums = (is_wanted && !moment.is_on_target()).then(|| match &expected {
+            Some(contents) => Sums::new(length, Some(Arc::new(contents.digest.clone()))),
+            // The processors are idle while the target is flushed: zeroes can be hashed then.
+            None if disk.options.fsync => Sums::deferring(length, MOST_DEFERRED),
+            None => Sums::new(length, None),
+        });
         // Who only compares wants to know all that differs; who writes must not go on with it.
         Self { sums, expected, stops: disk.options.target.is_somewhere() }
     }
@@ -55,32 +62,42 @@ impl Proof {
     pub fn complete(self, disk: Disk<'_>, destination: &Destination, losses: &Losses) -> Result<Proven> {
         let Disk { options, .. } = disk;
         let wants_whole = options.proof.manifest.is_some();
-        let found = self.sums.map(|sums| sums.finish().ok_or_else(|| Error::new(Kind::Other, "a block has no sum")));
-        let found = found.transpose()?;
-        if let (Some(found), Some(expected)) = (&found, &self.expected) {
-            compare(disk, found, losses)?;
-            debug_assert_eq!(found.digest.length(), expected.digest.length());
+        let summed = self.sums.map(|sums| sums.finish().ok_or_else(|| Error::new(Kind::Other, "a block has no sum")));
+        let summed = summed.transpose()?;
+        if let (Some(summed), Some(expected)) = (&summed, &self.expected) {
+            compare(disk, summed, losses)?;
+            debug_assert_eq!(summed.length(), expected.digest.length());
         }
         // The processors are idle while the disk works.
-        let (flushed, mut whole) = thread::scope(|scope| {
-            let whole = scope.spawn(|| found.as_ref().filter(|_| wants_whole).and_then(|found| whole_of(disk, found)));
-            (destination.flush(), whole.join().unwrap_or(None))
+        let (flushed, found) = thread::scope(|scope| {
+            let found = scope.spawn(|| summed.map(|summed| hash_rest(disk, summed, wants_whole)));
+            (destination.flush(), found.join())
         });
         flushed?;
-        let mut digest = found.map(|found| Arc::new(found.digest));
+        let found = found.map_err(|_| Error::new(Kind::Other, "a hashing thread panicked"))?;
+        let (mut digest, mut whole) = found.transpose()?.map_or((None, None), |(digest, whole)| (Some(digest), whole));
         if options.proof.verify {
             let expected = digest.clone().ok_or_else(|| Error::new(Kind::Other, "nothing was summed up"))?;
             read_back(disk, destination, expected, losses)?;
         } else if wants_whole && digest.is_none() {
             let found = of_clone(disk, destination)?;
-            whole = whole_of(disk, &found);
+            whole = Some(whole_of(disk, &found).ok_or_else(cancelled)?);
             digest = Some(Arc::new(found.digest));
-        }
-        if wants_whole && whole.is_none() {
-            return Err(Error::new(Kind::Cancelled, "cancelled"));
         }
         Ok(Proven { digest, whole: whole.or(self.expected.map(|expected| expected.whole)) })
     }
+}
+
+/// What was put off, and BLAKE3 of the whole if it is wanted.
+fn hash_rest(disk: Disk<'_>, summed: Summed, wants_whole: bool) -> Result<(Arc<Digest>, Option<blake3::Hash>)> {
+    let go_on = || disk.job.gate() == Gate::Go;
+    let found = summed.found(disk.options.workers, &go_on).ok_or_else(cancelled)?;
+    let whole = wants_whole.then(|| whole_of(disk, &found).ok_or_else(cancelled)).transpose()?;
+    Ok((Arc::new(found.digest), whole))
+}
+
+fn cancelled() -> Error {
+    Error::new(Kind::Cancelled, "cancelled")
 }
 
 /// BLAKE3 of the whole; `None` when the job was cancelled.
@@ -90,9 +107,9 @@ fn whole_of(disk: Disk<'_>, found: &Found) -> Option<blake3::Hash> {
 }
 
 /// What was read, with what its manifest says.
-fn compare(disk: Disk<'_>, found: &Found, losses: &Losses) -> Result<()> {
+fn compare(disk: Disk<'_>, summed: &Summed, losses: &Losses) -> Result<()> {
     let lost = losses.unreadable.iter().flat_map(|range| range.offset / BLOCK..range.end().div_ceil(BLOCK));
-    let differing = ranges(found.digest.length(), found.differing.iter().copied().chain(lost));
+    let differing = ranges(summed.length(), summed.differing().iter().copied().chain(lost));
     if differing.is_empty() {
         return Ok(());
     }

@@ -5,9 +5,10 @@
 //! of the raw image. A block that is zero throughout has no hash here: nothing has to be computed to see that it is zero.
 
 mod root;
+mod spread;
 mod sums;
 
-pub use sums::{Found, Sums};
+pub use sums::{Found, Summed, Sums};
 
 use crate::ground::range::ByteRange;
 use std::collections::BTreeSet;

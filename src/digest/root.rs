@@ -1,15 +1,16 @@
 //! From the hashes of the blocks to the hash of the whole.
 
+use super::spread::spread;
 use super::sums::hash_of_zeroes;
 use super::{BLOCK, BlockHash, Digest};
 use crate::ground::range::ByteRange;
 use blake3::hazmat::{Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 
-/// What a thread computes at once.
-const STRETCH: u64 = 1 << 30;
+/// What a thread computes at once: small enough that all threads have some, and few enough for memory.
+const SMALLEST_STRETCH: u64 = 16 << 20;
+const LARGEST_STRETCH: u64 = 1 << 30;
+const STRETCHES: u64 = 4096;
 
 impl Digest {
     /// BLAKE3 of the whole disk, as `b3sum` prints it of the raw image. `None`: the disk is one block at most, of which
@@ -20,34 +21,20 @@ impl Digest {
         if self.length <= BLOCK {
             return None;
         }
-        if self.length <= STRETCH {
+        let stretch = (self.length / STRETCHES).next_power_of_two().clamp(SMALLEST_STRETCH, LARGEST_STRETCH);
+        if self.length <= stretch {
             return Some(self.root(&|range| self.subtree(range)));
         }
-        let count = self.length.div_ceil(STRETCH);
+        let count = self.length.div_ceil(stretch);
         let stretches = Mutex::new(vec![BlockHash::default(); count as usize]);
-        let (next, stopped) = (AtomicU64::new(0), AtomicBool::new(false));
-        let work = || {
-            while !stopped.load(Relaxed) {
-                let number = next.fetch_add(1, Relaxed);
-                if number >= count {
-                    return;
-                }
-                if !go_on() {
-                    stopped.store(true, Relaxed);
-                    return;
-                }
-                let start = number * STRETCH;
-                let hash = self.subtree(ByteRange::between(start, start.saturating_add(STRETCH).min(self.length)));
-                stretches.lock().unwrap_or_else(PoisonError::into_inner)[number as usize] = hash;
-            }
-        };
-        thread::scope(|scope| {
-            (1..threads).for_each(|_| drop(scope.spawn(work)));
-            work();
+        let went = spread(count, threads, go_on, &|number| {
+            let start = number * stretch;
+            let hash = self.subtree(ByteRange::between(start, start.saturating_add(stretch).min(self.length)));
+            stretches.lock().unwrap_or_else(PoisonError::into_inner)[number as usize] = hash;
         });
         let stretches = stretches.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let known = |range: ByteRange| above(range, STRETCH, &|range| stretches[(range.offset / STRETCH) as usize]);
-        (!stopped.load(Relaxed)).then(|| self.root(&known))
+        let known = |range: ByteRange| above(range, stretch, &|range| stretches[(range.offset / stretch) as usize]);
+        went.then(|| self.root(&known))
     }
 
     fn root(&self, subtree: &dyn Fn(ByteRange) -> BlockHash) -> blake3::Hash {

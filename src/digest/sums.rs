@@ -1,5 +1,6 @@
 //! Adds up the hashes of a disk while its bytes go by, in any order, from many threads.
 
+use super::spread::spread;
 use super::{BLOCK, BlockHash, Digest, ranges};
 use crate::ground::range::ByteRange;
 use crate::ground::zero;
@@ -18,14 +19,19 @@ pub struct Sums {
     length: u64,
     /// Known beforehand: what comes is compared with it.
     expected: Option<Arc<Digest>>,
+    /// Subtrees of blocks whose zeroes may wait for [`Summed::found`].
+    most_deferred: usize,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// Blocks of which a part is missing: their subtrees by offset in the block, no two of which touch.
-    open: HashMap<u64, BTreeMap<u64, Subtree>>,
+    /// Blocks of which a part is missing.
+    open: HashMap<u64, Open>,
     hashes: Vec<(u64, BlockHash)>,
+    deferred: Vec<Block>,
+    /// Subtrees of those.
+    deferred_parts: usize,
     /// Blocks that are not as expected.
     differing: Vec<u64>,
     /// Bytes added.
@@ -34,11 +40,18 @@ struct State {
     small: Vec<u8>,
 }
 
+/// Subtrees by offset in the block. Neighbours are joined when both are zero or both are hashed.
+#[derive(Default)]
+struct Open {
+    covered: u64,
+    subtrees: BTreeMap<u64, Subtree>,
+}
+
 /// A power of two of leaves, less where the disk ends.
 #[derive(Clone, Copy)]
 struct Subtree {
     size: u64,
-    hash: Node,
+    node: Node,
 }
 
 /// `Zero`: the bytes are, and nobody needs their hash so far.
@@ -46,6 +59,19 @@ struct Subtree {
 enum Node {
     Zero,
     Hash(BlockHash),
+}
+
+/// A block that is complete.
+struct Block {
+    number: u64,
+    /// By offset in the block, ascending; one if nothing has to be hashed any more.
+    parts: Vec<(u64, Subtree)>,
+}
+
+/// All of a disk, before the zeroes that were put off are hashed.
+pub struct Summed {
+    length: u64,
+    state: State,
 }
 
 /// What a disk turned out to hold.
@@ -63,7 +89,13 @@ impl Sums {
     /// Of a disk of `length` bytes; `expected`, of the same length, is what it should hold.
     pub fn new(length: u64, expected: Option<Arc<Digest>>) -> Self {
         let small = if length <= BLOCK { vec![0; length as usize] } else { Vec::new() };
-        Self { length, expected, state: Mutex::new(State { small, ..State::default() }) }
+        Self { length, expected, most_deferred: 0, state: Mutex::new(State { small, ..State::default() }) }
+    }
+
+    /// The same, for one who has more time after the last byte than before: zeroes that share a block with data are hashed
+    /// by [`Summed::found`], as long as such blocks have no more than `most` pieces of up to 64 bytes.
+    pub fn deferring(length: u64, most: usize) -> Self {
+        Self { most_deferred: most, ..Self::new(length, None) }
     }
 
     /// Adds `bytes` that are at `offset`, a multiple of 1 KiB; their end is one too, or the disk's. Takes as long as hashing.
@@ -74,15 +106,15 @@ impl Sums {
             .pieces(range)
             .map(|(at, piece, size)| {
                 let bytes = &bytes[(piece.offset - offset) as usize..][..piece.length as usize];
-                let hash = if zero::is_zero(bytes) { Node::Zero } else { Node::Hash(hash(bytes, piece.offset)) };
-                (at, piece, Subtree { size, hash })
+                let node = if zero::is_zero(bytes) { Node::Zero } else { Node::Hash(hash(bytes, piece.offset)) };
+                (at, piece, Subtree { size, node })
             })
             .collect();
         let mut state = self.state();
         if !state.small.is_empty() {
             state.small[offset as usize..][..bytes.len()].copy_from_slice(bytes);
         }
-        pieces.into_iter().fold(true, |all, (at, piece, subtree)| self.place(&mut state, at, piece, subtree) && all)
+        self.place_all(state, pieces)
     }
 
     /// Adds a run of zeroes, without looking at them; otherwise as [`Sums::add`].
@@ -109,9 +141,24 @@ impl Sums {
     }
 
     fn add_zero_part(&self, range: ByteRange) -> bool {
-        let mut state = self.state();
-        let zero = |size| Subtree { size, hash: Node::Zero };
-        self.pieces(range).fold(true, |all, (at, piece, size)| self.place(&mut state, at, piece, zero(size)) && all)
+        let zero = |size| Subtree { size, node: Node::Zero };
+        self.place_all(self.state(), self.pieces(range).map(|(at, piece, size)| (at, piece, zero(size))))
+    }
+
+    /// Places subtrees, and hashes what became complete once the lock is gone.
+    fn place_all(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        pieces: impl IntoIterator<Item = (u64, ByteRange, Subtree)>,
+    ) -> bool {
+        let place = |(at, piece, subtree)| self.place(&mut state, at, piece, subtree);
+        let complete: Vec<Block> = pieces.into_iter().filter_map(place).collect();
+        drop(state);
+        let mut as_expected = true;
+        for block in complete {
+            as_expected &= self.settle(block);
+        }
+        as_expected
     }
 
     /// Cuts `range` into the largest whole subtrees: offset in its block, bytes, size of the subtree.
@@ -134,40 +181,55 @@ impl Sums {
         })
     }
 
-    /// Puts a subtree in its place and joins it with its neighbours as far as they are there.
-    fn place(&self, state: &mut State, offset: u64, piece: ByteRange, subtree: Subtree) -> bool {
+    /// Puts a subtree in its place and joins it with its neighbours as far as they are there; the block, if it is complete.
+    fn place(&self, state: &mut State, offset: u64, piece: ByteRange, mut subtree: Subtree) -> Option<Block> {
         state.covered += piece.length;
-        let block = piece.offset / BLOCK;
-        let start = block * BLOCK;
-        let length = (self.length - start).min(BLOCK);
-        let (mut at, mut subtree) = (offset, subtree);
-        let open = state.open.entry(block).or_default();
+        let number = piece.offset / BLOCK;
+        let length = (self.length - number * BLOCK).min(BLOCK);
+        let open = state.open.entry(number).or_default();
+        open.covered += piece.length;
+        let mut at = offset;
         while subtree.size < BLOCK {
             let is_left = at.is_multiple_of(2 * subtree.size);
             let other = if is_left { at + subtree.size } else { at - subtree.size };
             // Where the disk ends, there is nothing to the right: the parent is the subtree itself.
             if other < length {
-                let Some(sibling) = open.get(&other).copied().filter(|sibling| sibling.size == subtree.size) else {
-                    open.insert(at, subtree);
-                    return true;
-                };
-                open.remove(&other);
-                let (left, right) = if is_left { (subtree, sibling) } else { (sibling, subtree) };
-                let middle = at.max(other);
+                let sibling = open.subtrees.get(&other).filter(|sibling| sibling.size == subtree.size);
+                let joined = sibling.and_then(|sibling| {
+                    let (left, right) = if is_left { (subtree, *sibling) } else { (*sibling, subtree) };
+                    join(left.node, right.node)
+                });
+                let Some(node) = joined else { break };
+                open.subtrees.remove(&other);
                 at = at.min(other);
-                subtree.hash = join(left.hash, right.hash, start, [at, middle, (at + 2 * subtree.size).min(length)]);
+                subtree.node = node;
             }
             subtree.size *= 2;
         }
-        state.open.remove(&block);
-        let hash = match subtree.hash {
-            Node::Zero => None,
-            Node::Hash(hash) => Some(hash),
-        };
-        state.hashes.extend(hash.map(|hash| (block, hash)));
-        let is_expected = self.expected.as_ref().is_none_or(|expected| expected.hash_of(block) == hash.as_ref());
+        open.subtrees.insert(at, subtree);
+        if open.covered < length {
+            return None;
+        }
+        let parts = state.open.remove(&number).map(|open| open.subtrees.into_iter().collect())?;
+        Some(Block { number, parts })
+    }
+
+    /// Hashes what is left of a complete block, or puts that off; false when it is not as expected.
+    fn settle(&self, block: Block) -> bool {
+        if block.is_mixed() && self.most_deferred > 0 {
+            let mut state = self.state();
+            if state.deferred_parts + block.parts.len() <= self.most_deferred {
+                state.deferred_parts += block.parts.len();
+                state.deferred.push(block);
+                return true;
+            }
+        }
+        let hash = block.hash(self.length);
+        let is_expected = self.expected.as_ref().is_none_or(|expected| expected.hash_of(block.number) == hash.as_ref());
+        let mut state = self.state();
+        state.hashes.extend(hash.map(|hash| (block.number, hash)));
         if !is_expected {
-            state.differing.push(block);
+            state.differing.push(block.number);
         }
         is_expected
     }
@@ -177,16 +239,10 @@ impl Sums {
         ranges(self.length, self.state().differing.iter().copied())
     }
 
-    /// The sum, once every byte was added; `None` when some were not.
-    pub fn finish(self) -> Option<Found> {
-        let mut state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if state.covered != self.length {
-            return None;
-        }
-        state.hashes.sort_unstable_by_key(|(block, _)| *block);
-        let whole = (self.length <= BLOCK).then(|| blake3::hash(&state.small));
-        let digest = Digest { length: self.length, hashes: state.hashes };
-        Some(Found { digest, whole, differing: state.differing })
+    /// Everything, once every byte was added; `None` when some were not.
+    pub fn finish(self) -> Option<Summed> {
+        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        (state.covered == self.length).then_some(Summed { length: self.length, state })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -194,18 +250,90 @@ impl Sums {
     }
 }
 
-/// The parent of two neighbours in the block at `start`; `bounds` are where the left one, the right one, and what follows begin.
-fn join(left: Node, right: Node, start: u64, bounds: [u64; 3]) -> Node {
-    if left == Node::Zero && right == Node::Zero {
-        return Node::Zero;
+impl Summed {
+    /// Bytes of the disk.
+    pub fn length(&self) -> u64 {
+        self.length
     }
-    let hash_of = |node, at: u64, end: u64| match node {
-        Node::Zero => hash_of_zeroes(ByteRange::between(start + at, start + end)),
-        Node::Hash(hash) => hash,
-    };
-    let [begin, middle, end] = bounds;
-    let (left, right) = (hash_of(left, begin, middle), hash_of(right, middle, end));
-    Node::Hash(merge_subtrees_non_root(&left, &right, Mode::Hash))
+
+    /// Blocks whose zeroes are not hashed yet.
+    #[cfg(test)]
+    pub fn deferred(&self) -> usize {
+        self.state.deferred.len()
+    }
+
+    /// Blocks that are not as expected, in no order.
+    pub fn differing(&self) -> &[u64] {
+        &self.state.differing
+    }
+
+    /// The sum. Hashes with `threads` threads what was put off; `None`: `go_on` said no.
+    pub fn found(self, threads: usize, go_on: &(dyn Fn() -> bool + Sync)) -> Option<Found> {
+        let State { mut hashes, deferred, differing, small, .. } = self.state;
+        let folded = Mutex::new(Vec::with_capacity(deferred.len()));
+        let went = spread(deferred.len() as u64, threads, go_on, &|at| {
+            let block = &deferred[at as usize];
+            let hash = block.hash(self.length).map(|hash| (block.number, hash));
+            folded.lock().unwrap_or_else(PoisonError::into_inner).extend(hash);
+        });
+        if !went {
+            return None;
+        }
+        hashes.append(&mut folded.into_inner().unwrap_or_else(PoisonError::into_inner));
+        hashes.sort_unstable_by_key(|(block, _)| *block);
+        let whole = (self.length <= BLOCK).then(|| blake3::hash(&small));
+        Some(Found { digest: Digest { length: self.length, hashes }, whole, differing })
+    }
+}
+
+impl Block {
+    /// Zeroes beside data: something is left to hash.
+    fn is_mixed(&self) -> bool {
+        self.parts.len() > 1
+    }
+
+    /// Of the block of a disk of `length` bytes; `None`: it is zero throughout.
+    fn hash(&self, length: u64) -> Option<BlockHash> {
+        match self.parts.as_slice() {
+            [(_, Subtree { node: Node::Zero, .. })] => None,
+            [(_, Subtree { node: Node::Hash(hash), .. })] => Some(*hash),
+            parts => {
+                let start = self.number * BLOCK;
+                Some(fold(ByteRange::between(start, start.saturating_add(BLOCK).min(length)), 0, BLOCK, parts))
+            }
+        }
+    }
+}
+
+/// The subtree of `size` bytes at `at` of a block, which `parts` make.
+fn fold(block: ByteRange, at: u64, size: u64, parts: &[(u64, Subtree)]) -> BlockHash {
+    debug_assert!(!parts.is_empty(), "a complete block has no gap at {at:#x}");
+    if let [(_, subtree)] = parts
+        && subtree.size == size
+    {
+        let start = block.offset + at;
+        return match subtree.node {
+            Node::Zero => hash_of_zeroes(ByteRange::between(start, (start + size).min(block.end()))),
+            Node::Hash(hash) => hash,
+        };
+    }
+    let half = size / 2;
+    let (left, right) = parts.split_at(parts.partition_point(|(offset, _)| *offset < at + half));
+    let left = fold(block, at, half, left);
+    // The disk may end there.
+    if right.is_empty() {
+        return left;
+    }
+    merge_subtrees_non_root(&left, &fold(block, at + half, half, right), Mode::Hash)
+}
+
+/// The parent of two neighbours, if it costs nothing.
+fn join(left: Node, right: Node) -> Option<Node> {
+    match (left, right) {
+        (Node::Zero, Node::Zero) => Some(Node::Zero),
+        (Node::Hash(left), Node::Hash(right)) => Some(Node::Hash(merge_subtrees_non_root(&left, &right, Mode::Hash))),
+        _ => None,
+    }
 }
 
 /// The chaining value of a subtree.
