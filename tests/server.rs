@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 use support::{
-    Ended, LoopDevice, Mount, Running, command, drive_backup, folder, qemu_img, qemu_io, run, text, wait_for,
+    BINARY, Ended, LoopDevice, Mount, Running, command, drive_backup, folder, piped, qemu_img, qemu_io, run, text,
+    wait_for,
 };
 
 const MIB: u64 = 1 << 20;
@@ -122,6 +123,19 @@ fn a_disk_is_served_once_and_a_socket_by_one() {
         assert!(lab.path("socket").exists());
         drop(lab.serve());
     }
+}
+
+#[test]
+fn a_server_in_a_container_is_backed_up_from_outside_though_it_sees_no_process_there() {
+    let lab = Lab::new("raw");
+    let mut unshare = piped(Command::new("unshare"));
+    unshare.args(["--pid", "--fork", "--kill-child", BINARY]).args(lab.arguments(&lab.disk, "socket"));
+    let _server = Running::start(&mut unshare);
+    wait_for("the server", || std::os::unix::net::UnixStream::connect(lab.path("socket")).ok());
+    lab.client().write_at(b"in a container", 100).unwrap();
+    let copy = lab.path("copy.raw");
+    lab.back_up(&copy).succeeds();
+    assert_eq!(lab.contents(&copy)[100..114], *b"in a container");
 }
 
 #[test]

@@ -377,7 +377,7 @@ mod tests {
         assert_eq!(folder.writers(Disk::File { device: 1, inode: 0x22 }).unwrap().len(), 0);
         assert!(folder.connect(DISK, found[0], SECOND).unwrap().is_some());
         let accepted = socket::accept(&listener).unwrap();
-        assert_eq!(socket::peer(&accepted).unwrap().uid, rustix::process::geteuid());
+        assert_eq!(socket::peer(&accepted).unwrap().uid(), rustix::process::geteuid().as_raw());
         drop(listener);
         assert!(folder.connect(DISK, found[0], SECOND).unwrap().is_none(), "dead, and swept");
         assert_eq!(folder.writers(DISK).unwrap().len(), 0);

@@ -1,10 +1,12 @@
 //! Packets and descriptors over a SOCK_SEQPACKET Unix socket.
 
 use super::packet::{Malformed, PACKET, Packet};
+use nix::sys::socket::UnixCredentials;
+use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, UCred,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -53,9 +55,10 @@ pub fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
     Ok(rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?)
 }
 
-/// Who is at the other end.
-pub fn peer(socket: impl AsFd) -> io::Result<UCred> {
-    Ok(sockopt::socket_peercred(socket)?)
+/// Who is at the other end. Its process is 0 where our namespace does not have it: a container beside or around ours. rustix
+/// takes that for an error.
+pub fn peer(socket: impl AsFd) -> io::Result<UnixCredentials> {
+    Ok(nix::sys::socket::getsockopt(&socket.as_fd(), PeerCredentials)?)
 }
 
 /// Sends a packet. Does not block: a peer whose buffer is full has not read a dozen packets, and is refused.

@@ -131,7 +131,7 @@ impl Service {
     fn accept(&mut self) {
         let Ok(socket) = socket::accept(&self.listener) else { return };
         match socket::peer(&socket) {
-            Ok(peer) if self.folder.trusts(peer.uid.as_raw()) => {}
+            Ok(peer) if self.folder.trusts(peer.uid()) => {}
             _ => return refuse(socket, Errno::PERM),
         }
         match self.link {

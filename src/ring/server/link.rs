@@ -102,7 +102,7 @@ impl Link {
         };
         let Some(socket) = connected else { return Ok(None) };
         let peer = socket::peer(&socket)?;
-        let (pid, user) = (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw());
+        let (pid, user) = (peer.pid(), peer.uid());
         if !hub.folder.trusts(user) {
             return Err(Unattached::Foreign(user));
         }
