@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Clients have so long to read the end.
-const LAST_EVENTS_BOUND: Duration = Duration::from_millis(100);
+const LAST_EVENTS_BOUND: Duration = Duration::from_millis(250);
 
 /// `unix:PATH`.
 pub fn socket(text: &str) -> std::result::Result<PathBuf, &'static str> {

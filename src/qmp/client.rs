@@ -70,6 +70,7 @@ fn read(mut stream: &UnixStream, queue: &Queue, shared: &Shared) {
 /// False: this client has to go.
 fn obey(text: &[u8], queue: &Queue, shared: &Shared, negotiated: &mut bool) -> bool {
     let Request { id, command } = Request::parse(text);
+    queue.owe();
     let quits = command.as_ref().is_ok_and(|(name, _)| name == "quit");
     let answer = command.and_then(|(name, arguments)| execute(shared, &name, &arguments, negotiated));
     let quits = quits && answer.is_ok();

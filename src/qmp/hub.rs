@@ -20,6 +20,8 @@ struct Waiting {
     /// The client gets events: it has negotiated.
     listens: bool,
     closed: bool,
+    /// A command is being done: its reply goes out, whatever the command ends.
+    owes: bool,
 }
 
 impl Queue {
@@ -27,11 +29,17 @@ impl Queue {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A reply will follow.
+    pub fn owe(&self) {
+        self.waiting().owes = true;
+    }
+
     /// A reply. False: the client does not read, and has to go.
     #[must_use]
     pub fn reply(&self, line: Vec<u8>) -> bool {
         let mut waiting = self.waiting();
-        let fits = waiting.push(line);
+        let fits = (waiting.owes || !waiting.closed) && waiting.push(line);
+        waiting.owes = false;
         if !fits {
             waiting.closed = true;
         }
@@ -46,14 +54,14 @@ impl Queue {
 
     /// The next line; `None`: there will be none. Blocks.
     pub fn next(&self) -> Option<Vec<u8>> {
-        let idle = |waiting: &mut Waiting| waiting.lines.is_empty() && !waiting.closed;
+        let idle = |waiting: &mut Waiting| waiting.lines.is_empty() && (waiting.owes || !waiting.closed);
         let mut waiting = self.wake.wait_while(self.waiting(), idle).unwrap_or_else(PoisonError::into_inner);
         let line = waiting.lines.pop_front()?;
         waiting.bytes -= line.len();
         Some(line)
     }
 
-    /// Nothing more comes; what waits is still given.
+    /// Nothing more comes but a reply that is owed; what waits is still given.
     pub fn close(&self) {
         self.waiting().closed = true;
         self.wake.notify_one();
@@ -62,7 +70,7 @@ impl Queue {
 
 impl Waiting {
     fn push(&mut self, line: Vec<u8>) -> bool {
-        let fits = !self.closed && self.bytes + line.len() <= MOST_WAITING;
+        let fits = self.bytes + line.len() <= MOST_WAITING;
         if fits {
             self.bytes += line.len();
             self.lines.push_back(line);
@@ -99,7 +107,7 @@ impl Hub {
         let line = super::wire::event(name, data);
         for queue in self.queues().iter() {
             let mut waiting = queue.waiting();
-            if waiting.listens {
+            if waiting.listens && !waiting.closed {
                 waiting.push(line.clone());
                 queue.wake.notify_one();
             }
@@ -143,5 +151,15 @@ mod tests {
         assert!(lines > 1000);
         hub.leave(&queue);
         assert!(hub.join(1).is_some());
+    }
+
+    #[test]
+    fn a_reply_that_is_owed_goes_out_after_the_end() {
+        let queue = Queue::default();
+        queue.owe();
+        queue.close();
+        assert!(queue.reply(b"done".to_vec()));
+        assert_eq!((queue.next(), queue.next()), (Some(b"done".to_vec()), None));
+        assert!(!queue.reply(b"more".to_vec()), "nothing else does");
     }
 }

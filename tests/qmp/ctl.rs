@@ -110,11 +110,11 @@ fn an_encrypted_disk_is_copied_and_its_secret_never_shown() {
     fs::write(&plain, noise(3, 1 << 20)).unwrap();
     fs::write(&secret, SECRET).unwrap();
     let object = format!("secret,id=s,data={SECRET}");
-    let keys = ["-o", "key-secret=s,iter-time=10"];
-    run("qemu-img", &[&["create", "-q", "--object", &object, "-f", "luks"], &keys[..], &[text(&luks), "1M"]].concat());
-    let opened = format!("driver=luks,key-secret=s,file.driver=file,file.filename={}", text(&luks));
-    let copy = ["convert", "-n", "--object", &object, "--target-image-opts", "-f", "raw", text(&plain), &opened];
-    run("qemu-img", &copy);
+    let keys = "key-secret=s,iter-time=10";
+    run(
+        "qemu-img",
+        &["convert", "--object", &object, "-f", "raw", "-O", "luks", "-o", keys, text(&plain), text(&luks)],
+    );
     let place = format!("file:{}", text(&secret));
     let server = bench.serve_disks(&["d0=disk.luks"], &["--read-only", "--format", "luks", "--secret", &place]);
     let mut client = Client::connect(&bench.path("qmp"));
