@@ -24,6 +24,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
+mod promises;
+
 /// No event takes longer.
 const HANGS: Duration = Duration::from_secs(20);
 const LENGTH: u64 = 65_536 + 100;
