@@ -1,45 +1,23 @@
 //! Copies from and to an NBD server, ours beside nbdcopy's and qemu-img's against the same one: one command that prints ratios.
 //!
 //! ```text
-//! cargo bench --bench nbd -- [--mib N] [--runs N] [--folder DIR]
+//! cargo bench --bench nbd -- [--mib N] [--runs N] [--folder DIR] [--only WORD]
 //! ```
 //!
 //! Whole processes, in alternation, page cache warm, no fsync in any of them: the median of each tool, and the ratio to the quickest
 //! peer (above 1: ours is quicker). One image is full of data, one has a MiB of it in every 16.
 
+mod kit;
+
+use kit::{MIB, OURS, Random, Settings, median};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-const MIB: u64 = 1 << 20;
-const OURS: &str = env!("CARGO_BIN_EXE_drive-backup");
 const TOOLS: [&str; 3] = ["drive-backup", "nbdcopy", "qemu-img"];
-
-struct Settings {
-    mib: u64,
-    runs: usize,
-    folder: PathBuf,
-}
-
-impl Settings {
-    fn from_arguments() -> Self {
-        let mut settings = Self { mib: 1024, runs: 7, folder: std::env::temp_dir() };
-        let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
-        while let Some(flag) = arguments.next() {
-            let value = arguments.next().unwrap_or_else(|| panic!("{flag} wants a value"));
-            match flag.as_str() {
-                "--mib" => settings.mib = value.parse().expect("a number"),
-                "--runs" => settings.runs = value.parse().expect("a number"),
-                "--folder" => settings.folder = value.into(),
-                _ => panic!("unknown flag {flag}"),
-            }
-        }
-        settings
-    }
-}
 
 /// Ended, by its own id, when dropped.
 struct Server(Child);
@@ -79,13 +57,9 @@ impl Drop for Server {
 fn image(path: &Path, mib: u64, dense: u64) {
     let file = File::create(path).expect("an image");
     file.set_len(mib * MIB).expect("its length");
-    let mut state = 1u64;
+    let (mut random, mut bytes) = (Random(1), vec![0; MIB as usize]);
     for at in (0..mib).filter(|at| at % 16 < dense) {
-        let mut bytes = Vec::with_capacity(MIB as usize);
-        while bytes.len() < MIB as usize {
-            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-            bytes.extend(state.to_le_bytes());
-        }
+        random.noise(&mut bytes);
         file.write_all_at(&bytes, at * MIB).expect("data");
     }
 }
@@ -103,15 +77,9 @@ fn seconds(tool: &str, from: &str, to: &str) -> f64 {
     began.elapsed().as_secs_f64()
 }
 
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
 fn main() {
-    let Settings { mib, runs, folder } = Settings::from_arguments();
-    let folder = folder.join(format!("drive-backup-nbd-{}", std::process::id()));
-    std::fs::create_dir(&folder).expect("a folder");
+    let settings = Settings::from_arguments();
+    let (mib, runs, folder) = (settings.mib, settings.runs, settings.new_folder());
     let (source, copy, socket) = (folder.join("source"), folder.join("copy"), folder.join("socket"));
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     let (source_name, copy_name) = (source.display().to_string(), copy.display().to_string());
@@ -120,6 +88,11 @@ fn main() {
         image(&source, mib, dense);
         for server in ["qemu-nbd", "nbdkit"] {
             for is_reading in [true, false] {
+                let what = if is_reading { "nbd -> raw" } else { "raw -> nbd" };
+                let name = format!("{shape:6} {server:8} {what}");
+                if !name.contains(&settings.only) {
+                    continue;
+                }
                 let mut times = TOOLS.map(|_| Vec::new());
                 for _ in 0..runs {
                     for (tool, times) in TOOLS.iter().zip(&mut times) {
@@ -134,12 +107,9 @@ fn main() {
                         times.push(seconds(tool, from, to));
                     }
                 }
-                let [ours, nbdcopy, qemu] = times.map(|mut times| median(&mut times));
-                let what = if is_reading { "nbd -> raw" } else { "raw -> nbd" };
+                let [ours, nbdcopy, qemu] = times.map(median);
                 let ratio = nbdcopy.min(qemu) / ours;
-                println!(
-                    "{shape:6} {server:8} {what}  ours {ours:.3}  nbdcopy {nbdcopy:.3}  qemu-img {qemu:.3}  ratio {ratio:.2}"
-                );
+                println!("{name}  ours {ours:.3}  nbdcopy {nbdcopy:.3}  qemu-img {qemu:.3}  ratio {ratio:.2}");
             }
         }
     }

@@ -7,80 +7,39 @@
 //! Whole processes, in alternation, page cache warm, a sync between them, no fsync in them (the peers do none): the median of each tool, and the
 //! ratio to the quickest peer. What our fsync adds is measured apart. Sources are made afresh, the same ones each time.
 
+mod kit;
+
 use drive_backup::image::Image;
 use drive_backup::image::qcow2::{CreateOptions, NewQcow2};
 use drive_backup::image::raw::Raw;
+use kit::{MIB, OURS, Random, Settings, median};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
-const MIB: u64 = 1 << 20;
-const OURS: &str = env!("CARGO_BIN_EXE_drive-backup");
-
-struct Settings {
-    mib: u64,
-    runs: usize,
-    folder: PathBuf,
-    only: String,
-}
-
-impl Settings {
-    fn from_arguments() -> Self {
-        let mut settings = Self { mib: 1024, runs: 7, folder: std::env::temp_dir(), only: String::new() };
-        let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
-        while let Some(flag) = arguments.next() {
-            let value = arguments.next().unwrap_or_else(|| panic!("{flag} wants a value"));
-            match flag.as_str() {
-                "--mib" => settings.mib = value.parse().expect("a number"),
-                "--runs" => settings.runs = value.parse().expect("a number"),
-                "--folder" => settings.folder = value.into(),
-                "--only" => settings.only = value,
-                _ => panic!("unknown option {flag}"),
-            }
-        }
-        settings
+/// Words of a vocabulary, the frequent ones more often, as compressible as prose.
+fn prose(random: &mut Random, bytes: &mut [u8], vocabulary: &[Vec<u8>]) {
+    let mut at = 0;
+    while at < bytes.len() {
+        let rank = random.number() % vocabulary.len() as u64 * (random.number() % 1000) / 1000;
+        let word = &vocabulary[rank as usize];
+        let length = word.len().min(bytes.len() - at);
+        bytes[at..at + length].copy_from_slice(&word[..length]);
+        at += length;
     }
 }
 
-/// A stream of numbers, the same each time.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn noise(&mut self, bytes: &mut [u8]) {
-        bytes.chunks_mut(8).for_each(|chunk| chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]));
-    }
-
-    /// Words of a vocabulary, the frequent ones more often, as compressible as prose.
-    fn prose(&mut self, bytes: &mut [u8], vocabulary: &[Vec<u8>]) {
-        let mut at = 0;
-        while at < bytes.len() {
-            let rank = self.next() % vocabulary.len() as u64 * (self.next() % 1000) / 1000;
-            let word = &vocabulary[rank as usize];
-            let length = word.len().min(bytes.len() - at);
-            bytes[at..at + length].copy_from_slice(&word[..length]);
-            at += length;
-        }
-    }
-
-    fn vocabulary(&mut self) -> Vec<Vec<u8>> {
-        let word = |random: &mut Self| {
-            let length = 2 + random.next() % 9;
-            let mut word: Vec<u8> = (0..length).map(|_| b"etaoinshrdlucmfw"[(random.next() % 16) as usize]).collect();
-            word.push(b' ');
-            word
-        };
-        (0..20_000).map(|_| word(self)).collect()
-    }
+fn vocabulary(random: &mut Random) -> Vec<Vec<u8>> {
+    let word = |random: &mut Random| {
+        let length = 2 + random.number() % 9;
+        let mut word: Vec<u8> = (0..length).map(|_| b"etaoinshrdlucmfw"[(random.number() % 16) as usize]).collect();
+        word.push(b' ');
+        word
+    };
+    (0..20_000).map(|_| word(random)).collect()
 }
 
 fn raw_full(path: &Path, bytes: u64) {
@@ -97,8 +56,8 @@ fn raw_sparse(path: &Path, bytes: u64) {
     file.set_len(bytes).unwrap();
     let mut allocated = 0;
     while allocated < bytes / 4 {
-        let length = (64 << 10) << (random.next() % 9);
-        let offset = (random.next() % ((bytes - length) >> 16)) << 16;
+        let length = (64 << 10) << (random.number() % 9);
+        let offset = (random.number() % ((bytes - length) >> 16)) << 16;
         random.noise(&mut buffer[..length as usize]);
         file.write_all_at(&buffer[..length as usize], offset).unwrap();
         allocated += length;
@@ -108,19 +67,19 @@ fn raw_sparse(path: &Path, bytes: u64) {
 /// Half of it allocated, in pieces of 64 KiB to 1 MiB that lie in the file in another order; text and noise in turn.
 fn qcow2_fragmented(path: &Path, bytes: u64) {
     let mut random = Random(3);
-    let vocabulary = random.vocabulary();
+    let vocabulary = vocabulary(&mut random);
     let file = File::create_new(path).unwrap();
     let options = CreateOptions { cluster_size: CreateOptions::DEFAULT_CLUSTER_SIZE, compression: None };
     let image = NewQcow2::create(Arc::new(Raw::fresh(file, 0).unwrap()), bytes, options).unwrap();
     let mut pieces = Vec::new();
     let mut offset = 0;
     while offset < bytes {
-        let length = ((64 << 10) << (random.next() % 5)).min(bytes - offset);
+        let length = ((64 << 10) << (random.number() % 5)).min(bytes - offset);
         pieces.push((offset, length));
         offset += length;
     }
     for at in (1..pieces.len()).rev() {
-        pieces.swap(at, (random.next() % (at as u64 + 1)) as usize);
+        pieces.swap(at, (random.number() % (at as u64 + 1)) as usize);
     }
     let mut buffer = vec![0; MIB as usize];
     for (number, &(offset, length)) in pieces[..pieces.len() / 2].iter().enumerate() {
@@ -128,7 +87,7 @@ fn qcow2_fragmented(path: &Path, bytes: u64) {
         if number % 2 == 0 {
             random.noise(buffer)
         } else {
-            random.prose(buffer, &vocabulary)
+            prose(&mut random, buffer, &vocabulary)
         }
         image.write_at(buffer, offset).unwrap();
     }
@@ -157,11 +116,6 @@ fn seconds(command: &str, target: &Path) -> f64 {
     let seconds = begin.elapsed().as_secs_f64();
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     seconds
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 struct Cell {
@@ -267,8 +221,7 @@ fn measure(cell: &Cell, settings: &Settings, folder: &Path) {
 
 fn main() {
     let settings = Settings::from_arguments();
-    let folder = settings.folder.join(format!("drive-backup-bench-{}", std::process::id()));
-    fs::create_dir_all(&folder).unwrap();
+    let folder = settings.new_folder();
     println!("{} MiB, {} runs, in {}\n", settings.mib, settings.runs, settings.folder.display());
     println!("| copy | ours s | quickest peer s | which | ratio | our fsync s |\n|---|---|---|---|---|---|");
     for cell in CELLS.iter().filter(|cell| cell.name.contains(&settings.only)) {

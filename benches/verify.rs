@@ -8,49 +8,21 @@
 //! round added to them in percent: other work on the machine disturbs both runs of a round alike. `--manifest` hashes whatever is
 //! copied, `--verify` needs the same hashes: what it adds is the read-back.
 
+mod kit;
+
+use kit::{MIB, OURS, Random, Settings};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-const MIB: u64 = 1 << 20;
-const OURS: &str = env!("CARGO_BIN_EXE_drive-backup");
-
-struct Settings {
-    mib: u64,
-    runs: usize,
-    folder: PathBuf,
-}
-
-impl Settings {
-    fn from_arguments() -> Self {
-        let mut settings = Self { mib: 1024, runs: 7, folder: std::env::temp_dir() };
-        let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
-        while let Some(flag) = arguments.next() {
-            let value = arguments.next().unwrap_or_else(|| panic!("{flag} wants a value"));
-            match flag.as_str() {
-                "--mib" => settings.mib = value.parse().expect("a number"),
-                "--runs" => settings.runs = value.parse().expect("a number"),
-                "--folder" => settings.folder = value.into(),
-                _ => panic!("unknown option {flag}"),
-            }
-        }
-        settings
-    }
-}
-
 /// Noise in the first of every `every` MiB.
 fn source(path: &Path, mib: u64, every: u64) {
-    let (file, mut state, mut buffer) = (File::create(path).unwrap(), 1_u64, vec![0; MIB as usize]);
+    let (file, mut random, mut buffer) = (File::create(path).unwrap(), Random(1), vec![0; MIB as usize]);
     file.set_len(mib * MIB).unwrap();
     for at in (0..mib).step_by(every as usize) {
-        for word in buffer.chunks_exact_mut(8) {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            word.copy_from_slice(&state.to_le_bytes());
-        }
+        random.noise(&mut buffer);
         file.write_all_at(&buffer, at * MIB).unwrap();
     }
 }
@@ -81,9 +53,7 @@ fn run(source: &Path, target: &Path, flags: &[&str]) -> Cost {
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    kit::median(values.collect())
 }
 
 /// In percent, the median of the rounds.
@@ -93,8 +63,7 @@ fn more(plain: &[Cost], hashed: &[Cost], of: impl Fn(&Cost) -> f64) -> f64 {
 
 fn main() {
     let settings = Settings::from_arguments();
-    let folder = settings.folder.join(format!("drive-backup-bench-{}", std::process::id()));
-    fs::create_dir_all(&folder).unwrap();
+    let folder = settings.new_folder();
     println!("{} MiB, {} runs, in {}\n", settings.mib, settings.runs, settings.folder.display());
     println!("| copy | plain s | with --manifest s | | processor s | | read-back s |\n|---|---|---|---|---|---|---|");
     let manifest = folder.join("m.json");
