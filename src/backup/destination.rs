@@ -1,5 +1,6 @@
 //! Where the copy goes, and what becomes of it: a new file, an image in place, a device, a stream.
 
+use super::Disk;
 #[cfg(feature = "nbd")]
 use super::foreign;
 use super::options::{Mode, Options, SyncMode, Target};
@@ -57,14 +58,15 @@ pub struct Destination {
 
 impl Destination {
     /// Opens, locks and checks. Refusals come before anything is touched.
-    pub fn open(options: &Options, origin: &Origin) -> Result<Self> {
+    pub fn open(disk: Disk<'_>, origin: &Origin) -> Result<Self> {
+        let options = disk.options;
         let opened = match &options.target {
             Target::Nowhere => return Ok(Self::raw_disk(Arc::new(Null::new(origin.length())), TargetKind::Nowhere)),
             Target::Stdout if options.proof.verify => {
                 return Err(Error::new(Kind::Usage, "a stream can't be read back: verify needs a file or a device"));
             }
             Target::Stdout => Self::stream(origin.length())?.with_manifest(options, origin),
-            Target::At(location) => Self::at(options, location, origin)?.with_manifest(options, origin),
+            Target::At(location) => Self::at(disk, location, origin)?.with_manifest(options, origin),
         };
         let destination = opened?;
         match options.restoring.only_changed {
@@ -78,7 +80,8 @@ impl Destination {
         }
     }
 
-    fn at(options: &Options, path: &Location, origin: &Origin) -> Result<Self> {
+    fn at(disk: Disk<'_>, path: &Location, origin: &Origin) -> Result<Self> {
+        let options = disk.options;
         options.device.refuse_as_target(path)?;
         let path = match path {
             Location::Path(path) => path.as_path(),
@@ -86,7 +89,7 @@ impl Destination {
             Location::Nbd(uri) => return Self::nbd(options, uri, origin),
             #[cfg(feature = "nbd")]
             Location::Qemu(remote) => {
-                let (image, format) = foreign::remote(options, remote, origin.length())?;
+                let (image, format) = foreign::remote(disk, remote, origin.length())?;
                 return Ok(Self::qemu(image, format, TargetKind::Remote, remote.name(), origin));
             }
         };
@@ -94,9 +97,9 @@ impl Destination {
         refuse_without_backing(options, path, origin)?;
         let is_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());
         match options.mode {
-            _ if is_device => Self::in_place(options, path, origin, TargetKind::Device),
-            Mode::Existing => Self::in_place(options, path, origin, TargetKind::Existing),
-            Mode::AbsolutePaths => Self::new_file(options, path, origin),
+            _ if is_device => Self::in_place(disk, path, origin, TargetKind::Device),
+            Mode::Existing => Self::in_place(disk, path, origin, TargetKind::Existing),
+            Mode::AbsolutePaths => Self::new_file(disk, path, origin),
         }
     }
 
@@ -170,34 +173,35 @@ impl Destination {
     }
 
     #[cfg(feature = "nbd")]
-    fn new_foreign(options: &Options, path: &Path, format: Foreign, origin: &Origin) -> Result<Self> {
+    fn new_foreign(disk: Disk<'_>, path: &Path, format: Foreign, origin: &Origin) -> Result<Self> {
         let publish = Publish::begin(path)?;
-        let image = foreign::new_file(options, format, &publish.partial_path(), path, origin.length())?;
+        let image = foreign::new_file(disk, format, &publish.partial_path(), path, origin.length())?;
         let this = Self::qemu(image, Format::Foreign(format), TargetKind::File, path, origin);
         Ok(Self { publish: Some(publish), ..this })
     }
 
     #[cfg(not(feature = "nbd"))]
-    fn new_foreign(_: &Options, path: &Path, format: Foreign, _: &Origin) -> Result<Self> {
+    fn new_foreign(_: Disk<'_>, path: &Path, format: Foreign, _: &Origin) -> Result<Self> {
         Err(without_nbd(path, format))
     }
 
     #[cfg(feature = "nbd")]
-    fn existing_foreign(options: &Options, path: &Path, format: Foreign, origin: &Origin) -> Result<Self> {
-        let image = foreign::existing_file(options, format, path, origin.length())?;
+    fn existing_foreign(disk: Disk<'_>, path: &Path, format: Foreign, origin: &Origin) -> Result<Self> {
+        let image = foreign::existing_file(disk, format, path, origin.length())?;
         Ok(Self::qemu(image, Format::Foreign(format), TargetKind::Existing, path, origin))
     }
 
     #[cfg(not(feature = "nbd"))]
-    fn existing_foreign(_: &Options, path: &Path, format: Foreign, _: &Origin) -> Result<Self> {
+    fn existing_foreign(_: Disk<'_>, path: &Path, format: Foreign, _: &Origin) -> Result<Self> {
         Err(without_nbd(path, format))
     }
 
-    fn new_file(options: &Options, path: &Path, origin: &Origin) -> Result<Self> {
+    fn new_file(disk: Disk<'_>, path: &Path, origin: &Origin) -> Result<Self> {
+        let options = disk.options;
         let format = options.format.or_else(|| format_of_extension(path)).unwrap_or_else(|| as_source(origin));
         refuse_qcow2_options(options, path, format)?;
         if let Format::Foreign(foreign) = format {
-            return Self::new_foreign(options, path, foreign, origin);
+            return Self::new_foreign(disk, path, foreign, origin);
         }
         let publish = Publish::begin(path)?;
         let length = if format == Format::Raw { origin.length() } else { 0 };
@@ -226,9 +230,10 @@ impl Destination {
         })
     }
 
-    fn in_place(options: &Options, path: &Path, origin: &Origin, kind: TargetKind) -> Result<Self> {
+    fn in_place(disk: Disk<'_>, path: &Path, origin: &Origin, kind: TargetKind) -> Result<Self> {
+        let options = disk.options;
         if let Some(foreign) = foreign_in_place(options, path)? {
-            return Self::existing_foreign(options, path, foreign, origin);
+            return Self::existing_foreign(disk, path, foreign, origin);
         }
         let InPlace { image, protection } = open_in_place(path)?;
         let raw = finish_raw(image, options, path)?;
@@ -300,7 +305,8 @@ impl Destination {
 
     /// The target after a flush, opened anew and read from its medium, as far as the system lets us: past the page cache,
     /// or at least with nothing of it there. Of an export that is its server's business.
-    pub fn read_back(&self, options: &Options) -> Result<Arc<dyn Image>> {
+    pub fn read_back(&self, disk: Disk<'_>) -> Result<Arc<dyn Image>> {
+        let options = disk.options;
         let how = |direct| SourceOptions {
             format: Some(self.format),
             backing: true,
@@ -310,7 +316,7 @@ impl Destination {
         };
         #[cfg(feature = "nbd")]
         if let Target::At(Location::Qemu(remote)) = &options.target {
-            return foreign::source(remote, &how(false)).map(|source| source.image);
+            return foreign::source(remote, &how(false), disk.job).map(|source| source.image);
         }
         let path = match (&self.publish, &self.path, self.kind) {
             (_, None, _) | (_, _, TargetKind::Export) => return Ok(self.image.clone()),

@@ -1,6 +1,7 @@
 //! Ends of a copy that QEMU opens for us.
 
-use super::options::{Mode, Options};
+use super::Disk;
+use super::options::Mode;
 use crate::error::{Error, Kind, Result, Side};
 use crate::image::Image;
 use crate::image::format::{Foreign, Format};
@@ -8,19 +9,20 @@ use crate::image::open::{Source, SourceOptions, open_elsewhere};
 use crate::image::probe;
 use crate::image::qemu::{self, Node, Qemu, Remote, Terms};
 use crate::image::target::{open_in_place, refuse_other_size};
+use crate::job::Job;
 use crate::monitor::Warning;
 use std::path::Path;
 use std::sync::Arc;
 
-/// A source behind one of QEMU's protocols.
-pub fn source(remote: &Remote, how: &SourceOptions) -> Result<Source> {
+/// A source behind one of QEMU's protocols. Opening it ends with the job.
+pub fn source(remote: &Remote, how: &SourceOptions, job: &Job) -> Result<Source> {
     let open = |format: Option<Foreign>| {
         let secret = how.secret.as_ref().filter(|_| format.is_some_and(Foreign::is_encrypted));
         if let Some(format) = format {
             qemu::check_secret(format, secret, remote.name())?;
         }
         let (direct, shared, backing) = (how.direct, how.shared, how.backing || format.is_none());
-        let terms = Terms { side: Side::Source, secret, direct, flushes: false, shared, backing };
+        let terms = Terms { side: Side::Source, secret, direct, flushes: false, shared, backing, job: Some(job) };
         Qemu::open(&Node::Remote { place: remote, format }, terms)
     };
     let format = match how.format {
@@ -43,15 +45,15 @@ fn start(image: &Qemu, remote: &Remote) -> Result<Vec<u8>> {
 }
 
 /// A new image of a disk of `length` bytes in the file `partial`, which will be `name`.
-pub fn new_file(options: &Options, format: Foreign, partial: &Path, name: &Path, length: u64) -> Result<Arc<Qemu>> {
-    let terms = target_terms(options, Some(format), name)?;
-    qemu::create_file(partial, name, format, length, terms.secret)?;
+pub fn new_file(disk: Disk<'_>, format: Foreign, partial: &Path, name: &Path, length: u64) -> Result<Arc<Qemu>> {
+    let terms = target_terms(disk, Some(format), name)?;
+    qemu::create_file(partial, name, format, length, &terms)?;
     Qemu::open(&Node::File { path: partial, name, format }, terms).map(Arc::new)
 }
 
 /// An image that is there, of a disk of `length` bytes.
-pub fn existing_file(options: &Options, format: Foreign, path: &Path, length: u64) -> Result<Arc<Qemu>> {
-    let terms = target_terms(options, Some(format), path)?;
+pub fn existing_file(disk: Disk<'_>, format: Foreign, path: &Path, length: u64) -> Result<Arc<Qemu>> {
+    let terms = target_terms(disk, Some(format), path)?;
     // QEMU takes locks of its own.
     drop(open_in_place(path)?);
     let image = Qemu::open(&Node::File { path, name: path, format }, terms)?;
@@ -60,7 +62,8 @@ pub fn existing_file(options: &Options, format: Foreign, path: &Path, length: u6
 }
 
 /// An image or a volume elsewhere: with mode `existing` the one that is there, else a new one. It is written in place.
-pub fn remote(options: &Options, remote: &Remote, length: u64) -> Result<(Arc<Qemu>, Format)> {
+pub fn remote(disk: Disk<'_>, remote: &Remote, length: u64) -> Result<(Arc<Qemu>, Format)> {
+    let options = disk.options;
     let name = remote.name();
     let refuse = |what: &str| Err(Error::new(Kind::Usage, format!("target '{}' {what}", name.display())));
     if remote.is_read_only() {
@@ -75,14 +78,14 @@ pub fn remote(options: &Options, remote: &Remote, length: u64) -> Result<(Arc<Qe
         Format::Qcow2 => return refuse("gets raw or a format of QEMU's: qcow2 is written to files and devices here"),
         Format::Foreign(foreign) => Some(foreign),
     };
-    let terms = target_terms(options, foreign, name)?;
+    let terms = target_terms(disk, foreign, name)?;
     let node = Node::Remote { place: remote, format: foreign };
     if options.mode == Mode::AbsolutePaths {
         // QEMU would truncate what is there: only what is certainly missing is made.
         match Qemu::open(&Node::Remote { place: remote, format: None }, Terms { secret: None, ..terms }) {
             Ok(_) => return refuse("exists; to write into it, say --mode existing"),
             Err(error) if !is_missing(&error, name) => return Err(error),
-            Err(_) => qemu::create(&node, length, terms.secret)?,
+            Err(_) => qemu::create(&node, length, &terms)?,
         }
     }
     let image = Qemu::open(&node, terms)?;
@@ -100,7 +103,7 @@ fn is_missing(error: &Error, name: &Path) -> bool {
 
 /// Do the words of a driver of QEMU's mean that there is nothing under that name? They are all that it tells.
 fn says_missing(error: &str) -> bool {
-    ["No such file or directory", "SFTP error: no such file", "NFS3ERR_NOENT"].iter().any(|words| error.contains(words))
+    ["No such file or directory", "sftp error code: 2)", "NFS3ERR_NOENT"].iter().any(|words| error.contains(words))
 }
 
 /// What the user should know of an image whose format has sizes of its own.
@@ -110,7 +113,8 @@ pub fn rounded(image: &Qemu, name: &Path, length: u64) -> Option<Warning> {
     Some(Warning::general("rounded", what))
 }
 
-fn target_terms<'a>(options: &'a Options, format: Option<Foreign>, name: &Path) -> Result<Terms<'a>> {
+fn target_terms<'a>(disk: Disk<'a>, format: Option<Foreign>, name: &Path) -> Result<Terms<'a>> {
+    let Disk { options, job, .. } = disk;
     let secret = options.target_secret.as_ref().filter(|_| format.is_some_and(Foreign::is_encrypted));
     if let Some(format) = format {
         qemu::check_secret(format, secret, name)?;
@@ -120,7 +124,7 @@ fn target_terms<'a>(options: &'a Options, format: Option<Foreign>, name: &Path) 
         }
     }
     let (direct, flushes) = (options.direct, options.fsync);
-    Ok(Terms { side: Side::Target, secret, direct, flushes, shared: false, backing: true })
+    Ok(Terms { side: Side::Target, secret, direct, flushes, shared: false, backing: true, job: Some(job) })
 }
 
 #[cfg(test)]
@@ -132,6 +136,11 @@ mod tests {
         for (error, is_missing) in [
             ("error reading header from disk: No such file or directory", true),
             ("Failed to open NFS file: NFS3ERR_NOENT", true),
+            (
+                "failed to open remote file '': SFTP server: No such file (libssh error code: 1, sftp error code: 2)",
+                true,
+            ),
+            ("'': SFTP server: Permission denied (libssh error code: 1, sftp error code: 3)", false),
             ("Could not open 'ssh://host/x': Permission denied", false),
             ("Connection refused", false),
             ("no valid ssh host key found", false),
@@ -142,7 +151,7 @@ mod tests {
         }
         let place = Path::new("ssh://host/No such file or directory");
         let of = |error| is_missing(&Error::file(Side::Target, "open", place, error), place);
-        assert!(of(std::io::Error::other("SFTP error: no such file")));
+        assert!(of(std::io::Error::other("SFTP server: No such file (libssh error code: 1, sftp error code: 2)")));
         assert!(!of(std::io::Error::other("Connection refused")), "its name is not what is said of it");
         assert!(!of(std::io::Error::from_raw_os_error(2)), "no temporary folder here");
     }

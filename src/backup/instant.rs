@@ -151,7 +151,7 @@ impl Moment {
             if attached > 0 {
                 moment.how = Instant::Frozen;
                 // Its writers have flushed their tables: what was read before is out of date.
-                moment.image = disk.origin.reopen(disk.options)?;
+                moment.image = disk.origin.reopen(disk.options, disk.job)?;
             } else if disk.options.allow_inconsistent {
                 moment.how = Instant::Unchecked;
             } else if !disk.origin.is_watched() {

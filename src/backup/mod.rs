@@ -100,14 +100,14 @@ fn start<'a>(disks: &[Disk<'a>]) -> Result<Vec<(Ready<'a>, Moment)>, Box<Refusal
 fn open(disk: Disk<'_>) -> Result<Ready<'_>> {
     let Disk { options, job, monitor } = disk;
     options.check_sync()?;
-    let mut origin = Origin::open(options)?;
+    let mut origin = Origin::open(options, job)?;
     let read = |path: &PathBuf| Contents::read(path, origin.length());
     let expected = options.proof.expected.as_ref().map(read).transpose()?;
     if let Some(contents) = &expected {
         origin.trim(contents.digest.length())?;
     }
     origin.warnings().for_each(|warning| monitor.event(Event::Warning(&warning)));
-    let destination = Destination::open(options, &origin)?;
+    let destination = Destination::open(disk, &origin)?;
     destination.warnings().for_each(|warning| monitor.event(Event::Warning(warning)));
     origin.undo_with(job);
     destination.undo_with(job);

@@ -36,9 +36,9 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Opens the image and its backing chain. Nothing is locked yet.
-    pub fn open(options: &Options) -> Result<Self> {
-        let mut source = Self::source(options)?;
+    /// Opens the image and its backing chain, unless `job` is cancelled meanwhile. Nothing is locked yet.
+    pub fn open(options: &Options, job: &Job) -> Result<Self> {
+        let mut source = Self::source(options, job)?;
         let only_allocated = Self::narrow(&mut source, options.sync);
         let backing = match options.sync {
             SyncMode::Full => None,
@@ -79,7 +79,8 @@ impl Origin {
         self.only_allocated
     }
 
-    fn source(options: &Options) -> Result<Source> {
+    #[cfg_attr(not(feature = "nbd"), allow(unused_variables))]
+    fn source(options: &Options, job: &Job) -> Result<Source> {
         let how = SourceOptions {
             format: options.source_format,
             backing: options.backing,
@@ -92,7 +93,7 @@ impl Origin {
             #[cfg(feature = "nbd")]
             Location::Nbd(uri) => return Self::of_nbd(options, uri),
             #[cfg(feature = "nbd")]
-            Location::Qemu(remote) => return foreign::source(remote, &how),
+            Location::Qemu(remote) => return foreign::source(remote, &how, job),
         };
         match view::image_behind(options, path)? {
             Some(shown) => view::open(path, &shown, how),
@@ -109,8 +110,8 @@ impl Origin {
     }
 
     /// The disk's contents, from tables that are read again.
-    pub fn reopen(&self, options: &Options) -> Result<Arc<dyn Image>> {
-        let mut again = Self::source(options)?;
+    pub fn reopen(&self, options: &Options, job: &Job) -> Result<Arc<dyn Image>> {
+        let mut again = Self::source(options, job)?;
         Self::narrow(&mut again, options.sync);
         if again.format != self.format() || again.image.length() != self.length() {
             let what = format!("source '{}' was replaced while it was opened", options.device);

@@ -124,8 +124,10 @@ fn read_back(disk: Disk<'_>, destination: &Destination, expected: Arc<Digest>, l
     job.enter(Phase::Verify);
     let what = format!("target '{}' read back differs from what was written to it", destination.name().display());
     let length = expected.length();
-    let image =
-        destination.read_back(options).map_err(|error| Error::differs(format!("{what}: {error}"), Vec::new()))?;
+    let image = destination.read_back(disk).map_err(|error| match error.kind() {
+        Kind::Cancelled => error,
+        _ => Error::differs(format!("{what}: {error}"), Vec::new()),
+    })?;
     if image.length() < length {
         let what = format!("{what}: it has {} bytes, not {length}", image.length());
         return Err(Error::differs(what, Vec::new()));

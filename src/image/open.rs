@@ -245,7 +245,7 @@ impl<'a> Opening<'a> {
         if !shared {
             lock::refuse_writer(self.files[0].raw.as_file(), path, Side::Source)?;
         }
-        let terms = qemu::Terms { side: Side::Source, secret, direct, flushes: false, shared, backing };
+        let terms = qemu::Terms { side: Side::Source, secret, direct, flushes: false, shared, backing, job: None };
         Ok(Arc::new(Qemu::open(&qemu::Node::File { path, name: path, format }, terms)?))
     }
 

@@ -1,5 +1,7 @@
 //! Formats and places that only QEMU knows, through its private qemu-nbd. QEMU's other tools are the independent readers.
 
+mod remote;
+#[path = "../support/mod.rs"]
 mod support;
 
 use nix::sys::signal::{Signal, kill};
@@ -47,6 +49,11 @@ impl Bench {
         assert_eq!(names(&self.at("tmp")), [""; 0], "{ended:?}");
         assert!(!names(self.folder.path()).iter().any(|name| name.contains("partial")), "{ended:?}");
         ended
+    }
+
+    /// Where a `tool` comes first.
+    fn path(&self) -> String {
+        format!("{}:{}", text(&self.at("tools")), std::env::var("PATH").unwrap())
     }
 
     fn is_disk(&self, raw: &str) {
@@ -166,9 +173,17 @@ fn a_secret_opens_what_is_encrypted_and_shows_nowhere() {
 #[test]
 fn a_new_target_is_encrypted_and_qemu_opens_it() {
     let bench = Bench::new();
-    let mut command = bench.command("disk.raw", "copy.luks", &["--secret", "env:KEY"]);
-    Ended::of(command.env("KEY", "hunter2").output().unwrap()).succeeds();
     fs::write(bench.at("key"), "hunter2").unwrap();
+    let seen = bench.at("seen");
+    for name in ["qemu-nbd", "qemu-img"] {
+        let real = run("sh", &["-c", &format!("command -v {name}")]);
+        tool(&bench, name, &format!("echo \"$0 $@\" >>{}; env >>{0}; exec {real} \"$@\"", text(&seen)));
+    }
+    let mut command = bench.command("disk.raw", "copy.luks", &["--secret", "file:key"]);
+    Ended::of(command.env("PATH", bench.path()).output().unwrap()).succeeds();
+    let seen = fs::read_to_string(&seen).unwrap();
+    assert!(seen.contains("create -q --object") && seen.contains("tools/qemu-nbd --persistent"), "{seen}");
+    assert!(!seen.contains("hunter2"), "{seen}");
     let image = format!("driver=luks,key-secret=s,file.filename={}", text(&bench.at("copy.luks")));
     let object = format!("secret,id=s,file={}", text(&bench.at("key")));
     let back = bench.at("back.raw");
@@ -228,6 +243,37 @@ fn a_stopped_child_holds_no_one_up_and_none_is_left_behind() {
         assert_eq!(names(&bench.at("tmp")), [""; 0]);
         let _ = fs::remove_file(bench.at(&format!(".{target}.drive-backup-partial")));
         assert_eq!(names(bench.folder.path()), ["disk.raw", "disk.vmdk", "tmp"]);
+    }
+}
+
+/// An executable of that name in the folder `tools`.
+fn tool(bench: &Bench, name: &str, script: &str) {
+    fs::create_dir_all(bench.at("tools")).unwrap();
+    let path = bench.at("tools").join(name);
+    fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+#[test]
+fn an_interrupt_ends_the_wait_for_a_tool_that_stands_still() {
+    let bench = Bench::new();
+    let stands_still = format!("echo $$ >{}; exec sleep 60", text(&bench.at("pid")));
+    for (hanging, target) in
+        [("qemu-img", "ssh://localhost/x"), ("qemu-nbd", "ssh://localhost/x"), ("qemu-img", "x.vmdk")]
+    {
+        tool(&bench, "qemu-nbd", "echo 'x: No such file or directory' >&2; exit 1");
+        tool(&bench, hanging, &stands_still);
+        let mut command = bench.command("disk.raw", target, &[]);
+        let running = Running::start(command.env("PATH", bench.path()));
+        let line =
+            wait_for("the tool", || fs::read_to_string(bench.at("pid")).ok().filter(|line| line.ends_with('\n')));
+        running.signal(Signal::SIGINT);
+        let ended = running.ended();
+        assert_eq!((ended.code, ended.stderr.contains("hangs")), (130, false), "{ended:?}");
+        is_gone(Pid::from_raw(line.trim().parse().unwrap())).expect("its tool has ended before it");
+        fs::remove_file(bench.at("pid")).unwrap();
+        assert_eq!(names(&bench.at("tmp")), [""; 0]);
+        assert_eq!(names(bench.folder.path()), ["disk.raw", "tmp", "tools"]);
     }
 }
 

@@ -5,7 +5,9 @@
 
 mod child;
 mod node;
+mod process;
 mod remote;
+mod scratch;
 
 pub use node::Node;
 pub use remote::Remote;
@@ -16,14 +18,24 @@ use super::secret::Secret;
 use super::{Image, Properties};
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::{ByteRange, Extent};
+use crate::job::Job;
 use child::Child;
-use std::ffi::OsString;
+use scratch::Scratch;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+/// The Debian package of QEMU's tools.
+const PACKAGE: &str = "qemu-utils";
+/// For qemu-img, which may have to reach what is behind a network: as long as a qemu-nbd has to open its image.
+const IMG_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of a read where QEMU's driver has to be asked one thing at a time.
+const SINGLE_READ: usize = 256 << 10;
+
 /// How it is opened.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Terms<'a> {
     /// Source: it is read; target: it is written.
     pub side: Side,
@@ -37,6 +49,15 @@ pub struct Terms<'a> {
     pub shared: bool,
     /// It may have a backing file; else such an image is refused.
     pub backing: bool,
+    /// Cancelled, it waits for nothing here; `None`: each wait has its bound alone.
+    pub job: Option<&'a Job>,
+}
+
+impl Terms<'_> {
+    /// `error`, unless it only comes of a cancelled job.
+    fn unless_cancelled(&self, error: Error) -> Error {
+        if self.job.is_some_and(Job::is_cancelled) { Error::new(Kind::Cancelled, "cancelled") } else { error }
+    }
 }
 
 /// An image that a private qemu-nbd has open. Dropped, it kills it.
@@ -46,18 +67,20 @@ pub struct Qemu {
     child: Child,
     name: PathBuf,
     side: Side,
+    /// Held during a read, where the driver loses requests that are under way at once.
+    single: Option<Mutex<()>>,
 }
 
 impl Qemu {
-    /// Starts a qemu-nbd on `node` and connects. Blocks up to a bound. [`Kind::Busy`] when another QEMU has the image;
-    /// an error that names the package when there is no qemu-nbd.
+    /// Starts a qemu-nbd on `node` and connects. Blocks up to a bound, or until the job is cancelled. [`Kind::Busy`] when
+    /// another QEMU has the image; an error that names the package when there is no qemu-nbd.
     pub fn open(node: &Node<'_>, terms: Terms<'_>) -> Result<Self> {
-        let program = child::tool("qemu-nbd", terms.side, &node.need())?;
+        let program = tool("qemu-nbd", terms.side, &node.need())?;
         let image = node.argument(&terms)?;
         if !terms.backing {
             node.refuse_backing(&terms)?;
         }
-        let failed = |error: io::Error| node.failed(terms.side, "open", error);
+        let failed = |error: io::Error| terms.unless_cancelled(node.failed(terms.side, "open", error));
         let mut arguments: Vec<OsString> = ["--persistent", "--shared=0", "--discard=unmap"].map(Into::into).into();
         arguments.push(format!("--cache={}", cache(&terms)).into());
         if terms.side != Side::Target {
@@ -69,8 +92,10 @@ impl Qemu {
         arguments.extend(image);
         let child = Child::start(&program, &arguments, terms.secret).map_err(failed)?;
         let usage = Use { side: terms.side, flushes: terms.flushes, reconnect: Duration::ZERO };
-        let nbd = Nbd::open_private(&child.address(), usage).map_err(|error| failed(child.explain(error)))?;
-        Ok(Self { nbd, child, name: node.name().to_owned(), side: terms.side })
+        let nbd = child.unless_cancelled(terms.job, || Nbd::open_private(&child.address(), usage));
+        let nbd = nbd.map_err(|error| failed(child.explain(error)))?;
+        let single = node.is_single().then(Mutex::default);
+        Ok(Self { nbd, child, name: node.name().to_owned(), side: terms.side, single })
     }
 
     /// Ends qemu-nbd, which closes the image: only then is all of it in the file. After a flush; blocks. The image is of no
@@ -103,7 +128,12 @@ impl Image for Qemu {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.explain(self.nbd.read_at(buf, offset))
+        let Some(single) = &self.single else { return self.explain(self.nbd.read_at(buf, offset)) };
+        let _one = single.lock().unwrap_or_else(PoisonError::into_inner);
+        for (piece, offset) in buf.chunks_mut(SINGLE_READ).zip((offset..).step_by(SINGLE_READ)) {
+            self.explain(self.nbd.read_at(piece, offset))?;
+        }
+        Ok(())
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
@@ -134,33 +164,29 @@ impl Image for Qemu {
 /// Makes an empty image of `length` bytes, under the name that it will have, in the file `partial`, which exists.
 ///
 /// VMDK writes its own name into itself: that is why it is made through a link.
-pub fn create_file(partial: &Path, name: &Path, format: Foreign, length: u64, secret: Option<&Secret>) -> Result<()> {
+pub fn create_file(partial: &Path, name: &Path, format: Foreign, length: u64, terms: &Terms<'_>) -> Result<()> {
     let failed = |error| Error::file(Side::Target, "create", name, error);
-    let folder = nix::unistd::mkdtemp(&std::env::temp_dir().join("drive-backup-XXXXXX"));
-    let folder = folder.map_err(|errno| failed(errno.into()))?;
+    let folder = Scratch::new().map_err(failed)?;
     let link = folder.join(name.file_name().unwrap_or("image".as_ref()));
-    let made = std::path::absolute(partial)
+    std::path::absolute(partial)
         .and_then(|partial| std::os::unix::fs::symlink(partial, &link))
         .map_err(failed)
-        .and_then(|()| create(&Node::File { path: &link, name, format }, length, secret));
-    // What can't be removed is a link in a folder for temporary files.
-    let _ = std::fs::remove_file(&link);
-    let _ = std::fs::remove_dir(&folder);
-    made
+        .and_then(|()| create(&Node::File { path: &link, name, format }, length, terms))
 }
 
-/// Makes an empty image of `length` bytes where `node` is. [`Kind::Target`].
-pub fn create(node: &Node<'_>, length: u64, secret: Option<&Secret>) -> Result<()> {
-    let program = child::tool("qemu-img", Side::Target, &node.need())?;
-    let mut arguments = child::words([&"create", &"-q"]);
-    if secret.is_some() {
+/// Makes an empty image of `length` bytes where `node` is. [`Kind::Target`]. Blocks up to a bound, or until the job is
+/// cancelled.
+pub fn create(node: &Node<'_>, length: u64, terms: &Terms<'_>) -> Result<()> {
+    let program = tool("qemu-img", Side::Target, &node.need())?;
+    let mut arguments = words([&"create", &"-q"]);
+    if terms.secret.is_some() {
         arguments.extend(node::secret_object("/dev/stdin"));
     }
     arguments.extend(node.create_options());
     arguments.push(node.place());
     arguments.push(length.to_string().into());
-    let made = child::run(&program, &arguments, secret);
-    made.map(drop).map_err(|error| node.failed(Side::Target, "create", error))
+    let made = process::run(&program, &arguments, terms.secret, IMG_TIMEOUT, terms.job);
+    made.map(drop).map_err(|error| terms.unless_cancelled(node.failed(Side::Target, "create", error)))
 }
 
 /// Refuses a format that takes a secret without one. [`Kind::Usage`].
@@ -170,4 +196,25 @@ pub fn check_secret(format: Foreign, secret: Option<&Secret>, name: &Path) -> Re
         return Err(Error::new(Kind::Usage, what));
     }
     Ok(())
+}
+
+/// The path of one of QEMU's tools; without it an error of `side` that names the package.
+fn tool(name: &str, side: Side, what: &str) -> Result<PathBuf> {
+    let folders = std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into());
+    let is_program = |path: &PathBuf| rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok() && path.is_file();
+    std::env::split_paths(&folders).map(|folder| folder.join(name)).find(is_program).ok_or_else(|| {
+        let raw = if side == Side::Source { "; with --source-format raw its bytes are copied as they are" } else { "" };
+        let why = format!("{side} {what} needs {name}, which is not installed: it is in the package {PACKAGE}{raw}");
+        Error::new(kind_of(side), why)
+    })
+}
+
+/// What a failure of one end is.
+fn kind_of(side: Side) -> Kind {
+    if side == Side::Target { Kind::Target } else { Kind::Source }
+}
+
+/// Arguments from words.
+fn words<const N: usize>(words: [&dyn AsRef<OsStr>; N]) -> Vec<OsString> {
+    words.iter().map(|word| word.as_ref().to_owned()).collect()
 }

@@ -2,9 +2,9 @@
 
 use super::super::format::Foreign;
 use super::super::secret::Secret;
-use super::Terms;
-use super::child;
+use super::process::run;
 use super::remote::Remote;
+use super::{IMG_TIMEOUT, Terms, kind_of, tool, words};
 use crate::error::{Error, Kind, Result, Side, reason};
 use std::ffi::OsString;
 use std::io;
@@ -57,6 +57,12 @@ impl Node<'_> {
         self.format().map_or_else(|| format!("'{name}'"), |format| format!("'{name}' is {} and", format.name()))
     }
 
+    /// Must it be asked one thing at a time? QEMU's curl driver (seen in 7.2 and 10.0.2) loses now and then one of several
+    /// reads under way, and whoever waits for it waits for ever.
+    pub(super) fn is_single(&self) -> bool {
+        matches!(self, Self::Remote { place, .. } if place.is_by_curl())
+    }
+
     fn driver(&self) -> &'static str {
         self.format().map_or("raw", Foreign::driver)
     }
@@ -81,14 +87,15 @@ impl Node<'_> {
     /// A backing file would be opened by QEMU, and nobody would see it here.
     pub(super) fn refuse_backing(&self, terms: &Terms<'_>) -> Result<()> {
         let name = self.name().display();
-        let program = child::tool("qemu-img", terms.side, &self.need())?;
-        let mut arguments = child::words([&"info", &"--force-share", &"--output=json", &"--format", &self.driver()]);
+        let program = tool("qemu-img", terms.side, &self.need())?;
+        let mut arguments = words([&"info", &"--force-share", &"--output=json", &"--format", &self.driver()]);
         arguments.push(self.place());
-        let told = child::run(&program, &arguments, None).map_err(|error| self.failed(terms.side, "open", error))?;
+        let told = run(&program, &arguments, None, IMG_TIMEOUT, terms.job)
+            .map_err(|error| terms.unless_cancelled(self.failed(terms.side, "open", error)))?;
         // A quotation mark inside a value has a backslash before it.
         if String::from_utf8_lossy(&told).contains(r#""backing-filename":"#) {
             let what = format!("{} '{name}' has a backing file, which was ruled out", terms.side);
-            return Err(Error::new(child::kind_of(terms.side), what));
+            return Err(Error::new(kind_of(terms.side), what));
         }
         Ok(())
     }
@@ -104,7 +111,7 @@ impl Node<'_> {
 
     /// `-f` and `-o` of qemu-img create.
     pub(super) fn create_options(&self) -> Vec<OsString> {
-        let mut options = child::words([&"-f", &self.driver()]);
+        let mut options = words([&"-f", &self.driver()]);
         let special = match self.format() {
             // Else the size is what cylinders, heads and sectors make of it.
             Some(Foreign::Vpc) => "force_size=on".to_owned(),
@@ -112,13 +119,13 @@ impl Node<'_> {
             Some(Foreign::EncryptedQcow2) => format!("encrypt.format=luks,encrypt.key-secret={SECRET}"),
             _ => return options,
         };
-        options.extend(child::words([&"-o", &special]));
+        options.extend(words([&"-o", &special]));
         options
     }
 
     /// An error of QEMU's, in one line and without passwords.
     pub(super) fn failed(&self, side: Side, during: &'static str, error: io::Error) -> Error {
-        let is_locked = child::is_lock(&error);
+        let is_locked = is_lock(&error);
         let text = reason(&error);
         let text = ["qemu-nbd: ", "qemu-img: "].iter().find_map(|tool| text.strip_prefix(tool)).unwrap_or(&text);
         let text = match self {
@@ -137,6 +144,12 @@ impl Node<'_> {
         let failure = Error::file(side, during, self.name(), io::Error::new(error.kind(), text));
         if is_locked { failure.with_kind(Kind::Busy) } else { failure }
     }
+}
+
+/// Another process has the image: QEMU says that in words alone.
+fn is_lock(error: &io::Error) -> bool {
+    let text = reason(error);
+    text.contains("Is another process using the image") || (text.contains("Failed to") && text.contains(" lock"))
 }
 
 /// The object that holds the secret that `path` reads.

@@ -60,6 +60,11 @@ impl Remote {
 
     /// QEMU only reads there.
     pub fn is_read_only(&self) -> bool {
+        self.is_by_curl()
+    }
+
+    /// It is QEMU's curl driver that reaches it.
+    pub fn is_by_curl(&self) -> bool {
         ["http", "https", "ftp", "ftps"].contains(&self.scheme)
     }
 
