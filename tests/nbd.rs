@@ -126,6 +126,33 @@ fn a_qcow2_inside_an_export_is_read_when_asked_for_and_raw_otherwise() {
 }
 
 #[test]
+fn a_qcow2_is_made_in_an_export_and_written_again() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join(name);
+    bytes::disk(&at("disk.raw"), 8 * MIB);
+    // What was there before is not taken for a part of the new image.
+    bytes::disk(&at("target"), 12 * MIB);
+    let server = nbdkit(folder.path(), "s", "file target");
+    let compare = || qemu_img("compare -f raw -F qcow2", &[&at("disk.raw"), &at("target")]);
+    for more in
+        [&["--format", "qcow2", "--verify"][..], &["--format", "qcow2", "--compress", "zstd", "--cluster-size", "32K"]]
+    {
+        backup(text(&at("disk.raw")), &server.uri(), more).succeeds();
+        assert_eq!(compare(), "Images are identical.");
+        qemu_img("check -q -f qcow2", &[&at("target")]);
+    }
+    qemu_io(&["-f", "qcow2"], &at("target"), &["write -P 9 1M 100k"]);
+    backup(text(&at("disk.raw")), &server.uri(), &["--format", "qcow2", "--mode", "existing"]).succeeds();
+    assert_eq!(compare(), "Images are identical.");
+    sparse_file(&at("small"), 4 * MIB);
+    let small = nbdkit(folder.path(), "t", "file small");
+    bytes::disk(&at("full.raw"), 8 * MIB);
+    run("sh", &["-c", &format!("head -c 8M /dev/urandom >{}", text(&at("full.raw")))]);
+    let full = backup(text(&at("full.raw")), &small.uri(), &["--format", "qcow2"]);
+    full.fails(5, "No space left on device");
+}
+
+#[test]
 fn block_sizes_are_kept_to() {
     let folder = folder();
     let at = |name: &str| folder.path().join(name);
@@ -187,7 +214,9 @@ fn what_can_not_be_is_refused_in_one_line_and_touches_nothing() {
     copy(disk, &server.named("other"), &[]).fails(5, "the server has no export 'other'");
     copy(&server.named("other"), text(&at("no")), &[]).fails(4, "the server has no export 'other'");
     copy(disk, &reader.uri(), &[]).fails(5, "the export is read-only");
-    copy(disk, &good, &["--format", "qcow2"]).fails(2, "qcow2 is not possible over NBD");
+    copy(disk, &good, &["--format", "vmdk"]).fails(2, "gets the disk's own bytes, or qcow2");
+    copy(disk, &good, &["--compress", "zstd"]).fails(2, "for qcow2 say --format qcow2");
+    copy(disk, &good, &["--format", "qcow2", "--mode", "existing"]).fails(5, "not a qcow2 image");
     copy(&good, &good, &[]).fails(2, "source and target cannot be the same");
     copy(&good, text(&at("no")), &["--writer", "required"]).fails(4, "no cooperating writer");
     copy(disk, "nbd+vsock://2/x", &[]).fails(2, "vsock is not supported");

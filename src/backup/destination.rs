@@ -16,6 +16,8 @@ use crate::image::medium;
 #[cfg(feature = "nbd")]
 use crate::image::nbd::{Nbd, Use};
 use crate::image::null::Null;
+#[cfg(feature = "nbd")]
+use crate::image::open::open_elsewhere;
 use crate::image::open::{SourceOptions, open_backing, open_source};
 use crate::image::probe::{self, probe};
 use crate::image::qcow2::{CreateOptions, ExistingQcow2, NewQcow2};
@@ -50,6 +52,9 @@ pub struct Destination {
     warnings: Vec<Warning>,
     /// A flush reaches stable storage: no server said that it has none.
     can_flush: bool,
+    /// An NBD server's, with the image in it.
+    #[cfg(feature = "nbd")]
+    export: Option<Arc<dyn Image>>,
     /// To be ended before it is published.
     #[cfg(feature = "nbd")]
     qemu: Option<Arc<Qemu>>,
@@ -117,6 +122,8 @@ impl Destination {
             warnings: Vec::new(),
             can_flush: true,
             #[cfg(feature = "nbd")]
+            export: None,
+            #[cfg(feature = "nbd")]
             qemu: None,
             _lock: None,
         }
@@ -139,26 +146,42 @@ impl Destination {
         Ok(Self::raw_disk(Arc::new(Stream::stdout(length)?), TargetKind::Stdout))
     }
 
-    /// An export that is there, written in place: it is the disk itself.
+    /// An export that is there, written in place: it is the disk itself, or holds the qcow2 image that was asked for.
     #[cfg(feature = "nbd")]
     fn nbd(options: &Options, uri: &Uri, origin: &Origin) -> Result<Self> {
         let name = Path::new(uri.text());
-        let is_qcow2 = options.format == Some(Format::Qcow2);
-        if is_qcow2 || options.compression.is_some() || options.cluster_size.is_some() {
-            let what = format!("target '{uri}' gets the disk's own bytes: qcow2 is not possible over NBD");
-            return Err(Error::new(Kind::Usage, what));
+        let refuse = |what: &str| Err(Error::new(Kind::Usage, format!("target '{uri}' {what}")));
+        let format = options.format.unwrap_or(Format::Raw);
+        let is_shaped = options.compression.is_some() || options.cluster_size.is_some();
+        match (format, options.mode) {
+            (Format::Foreign(_), _) => return refuse("gets the disk's own bytes, or qcow2"),
+            (Format::Raw, _) if is_shaped => return refuse("gets the disk's own bytes: for qcow2 say --format qcow2"),
+            (Format::Raw, Mode::AbsolutePaths) if origin.backing().is_some() => {
+                return refuse("gets the disk's own bytes, which can't have a backing file");
+            }
+            (Format::Qcow2, Mode::Existing) if is_shaped => {
+                return refuse("holds an image that has its own cluster size");
+            }
+            _ => {}
         }
         let usage = Use { side: Side::Target, flushes: options.fsync, reconnect: options.reconnect };
-        let image = Nbd::open(uri, usage)?;
-        let larger = fitting(options, origin.length(), name, image.length())?;
-        let mut warnings: Vec<Warning> = larger.into_iter().collect();
-        let can_flush = image.can_flush();
-        if options.fsync && !can_flush {
+        let export = Arc::new(Nbd::open(uri, usage)?);
+        let can_flush = export.can_flush();
+        let image: Arc<dyn Image> = match (format, options.mode) {
+            (Format::Qcow2, Mode::AbsolutePaths) => Arc::new(new_qcow2(export.clone(), options, origin)?),
+            (Format::Qcow2, Mode::Existing) => Arc::new(ExistingQcow2::open(name, export.clone(), None)?),
+            _ => export.clone(),
+        };
+        let mut warnings = Vec::new();
+        if (format, options.mode) != (Format::Qcow2, Mode::AbsolutePaths) {
+            warnings.extend(fitting(options, origin.length(), name, image.length())?);
+        }
+        if !can_flush && options.fsync {
             let what = format!("the server of target '{uri}' can't flush: what a success means is its own affair");
             warnings.push(Warning::general("no_flush", what));
         }
-        let path = Some(name.to_owned());
-        Ok(Self { path, warnings, can_flush, ..Self::raw_disk(Arc::new(image), TargetKind::Export) })
+        let (path, export) = (Some(name.to_owned()), Some(export as Arc<dyn Image>));
+        Ok(Self { format, path, warnings, can_flush, export, ..Self::raw_disk(image, TargetKind::Export) })
     }
 
     #[cfg(feature = "nbd")]
@@ -224,6 +247,8 @@ impl Destination {
             manifest: None,
             warnings,
             can_flush: true,
+            #[cfg(feature = "nbd")]
+            export: None,
             #[cfg(feature = "nbd")]
             qemu: None,
             _lock: lock,
@@ -318,8 +343,12 @@ impl Destination {
         if let Target::At(Location::Qemu(remote)) = &options.target {
             return foreign::source(remote, &how(false), disk.job).map(|source| source.image);
         }
+        #[cfg(feature = "nbd")]
+        if let Some(export) = &self.export {
+            return open_elsewhere(export.clone(), self.name(), self.format).map(|source| source.image);
+        }
         let path = match (&self.publish, &self.path, self.kind) {
-            (_, None, _) | (_, _, TargetKind::Export) => return Ok(self.image.clone()),
+            (_, None, _) => return Ok(self.image.clone()),
             // Another process opens it.
             (Some(publish), ..) if matches!(self.format, Format::Foreign(_)) => publish.partial_path(),
             (Some(publish), ..) => publish.opened_path(),
@@ -431,7 +460,7 @@ fn split(protection: Protection) -> (Option<ImageLock>, Vec<Warning>) {
     }
 }
 
-fn new_qcow2(file: Arc<Raw>, options: &Options, origin: &Origin) -> Result<NewQcow2> {
+fn new_qcow2(file: Arc<dyn Image>, options: &Options, origin: &Origin) -> Result<NewQcow2> {
     let cluster_size = options.cluster_size.unwrap_or(CreateOptions::DEFAULT_CLUSTER_SIZE);
     let image =
         NewQcow2::create(file, origin.length(), CreateOptions { cluster_size, compression: options.compression })?;

@@ -268,6 +268,10 @@ impl Image for Nbd {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let range = ByteRange::new(offset, buf.len() as u64);
+        if range.end() > self.length() {
+            // As on a device: the image in the export has outgrown it. Servers call that one thing or another.
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
         if self.around(range) == range {
             return self.write_blocks(buf, offset);
         }
