@@ -8,6 +8,7 @@ use crate::ground::zero;
 use crate::image::Image;
 use crate::job::{Gate, Job};
 use crate::monitor::{Event, Monitor, Warning};
+use crate::sandbox::{self, Reach};
 use crate::snapshot::copy_state::Holder;
 use crate::snapshot::overlay::Overlay;
 use crate::snapshot::tracker::{Claim, Tracker};
@@ -91,6 +92,7 @@ pub struct Copier<'a> {
     ends: Ends<'a>,
     rules: Rules,
     hashing: Option<Hashing<'a>>,
+    reach: Reach,
     losses: Mutex<Losses>,
 }
 
@@ -141,12 +143,18 @@ enum Found<'t> {
 impl<'a> Copier<'a> {
     /// Nothing moves before [`Copier::run`].
     pub fn new(job: &'a Job, monitor: &'a dyn Monitor, tracker: &'a Tracker, ends: Ends<'a>, rules: Rules) -> Self {
-        Self { job, monitor, tracker, ends, rules, hashing: None, losses: Mutex::default() }
+        let (hashing, reach) = (None, Reach::Servers);
+        Self { job, monitor, tracker, ends, rules, hashing, reach, losses: Mutex::default() }
     }
 
     /// The same, with sums of what is copied.
     pub fn hashing(self, hashing: Option<Hashing<'a>>) -> Self {
         Self { hashing, ..self }
+    }
+
+    /// The same, by threads that get no further than `reach`; as far as servers by default.
+    pub fn within(self, reach: Reach) -> Self {
+        Self { reach, ..self }
     }
 
     /// Copies with `workers` threads and blocks until everything is on the target, or until the first error, or
@@ -155,12 +163,12 @@ impl<'a> Copier<'a> {
         let workers = if self.ends.target.properties().sequential { 1 } else { workers.max(1) };
         let copier = &self;
         let results = thread::scope(|scope| {
-            let others: Vec<_> = (1..workers).map(|number| scope.spawn(move || copier.work(number))).collect();
-            let own = copier.work(0);
-            let others = others.into_iter().map(|thread| {
+            // None of them is the caller's: what they give up it may need again.
+            let threads: Vec<_> = (0..workers).map(|number| scope.spawn(move || copier.work(number))).collect();
+            let threads = threads.into_iter().map(|thread| {
                 thread.join().unwrap_or_else(|_| Err(Error::new(Kind::Other, "a copying thread panicked")))
             });
-            std::iter::once(own).chain(others).collect::<Vec<_>>()
+            threads.collect::<Vec<_>>()
         });
         results.into_iter().collect::<Result<()>>()?;
         self.refuse_lost()?;
@@ -215,10 +223,13 @@ impl<'a> Copier<'a> {
     }
 
     fn work(&self, number: usize) -> Result<()> {
+        // The number of processors stands in files.
+        let manners = Manners::of_thread(number, processors());
+        sandbox::enter(self.reach);
         if self.rules.yields {
             stand_back();
         }
-        let result = self.work_until_done(Manners::of_thread(number, processors()));
+        let result = self.work_until_done(manners);
         if result.is_err() {
             self.tracker.stop();
         }

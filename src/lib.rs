@@ -11,7 +11,7 @@
 //! | 0 | [`ground`], `sync` | values only |
 //! | 1 | [`error`], [`digest`], `snapshot::copy_state` | |
 //! | 2 | `snapshot::tracker`, [`job`] | waits, does no I/O |
-//! | 3 | [`image`], [`manifest`], `snapshot::overlay`, [`hook`] | I/O |
+//! | 3 | [`image`], [`manifest`], `snapshot::overlay`, [`hook`], [`sandbox`] | I/O |
 //! | 4 | [`copier`], [`scan`] | the worker loops |
 //! | 5 | [`backup`], [`publish`] | wires everything, joins everything |
 //! | 6 | `qmp` | block jobs watched and steered over a socket |
@@ -43,6 +43,8 @@ pub mod publish;
 #[cfg(feature = "cli")]
 pub mod qmp;
 pub mod ring;
+#[cfg(feature = "engine")]
+pub mod sandbox;
 #[cfg(feature = "engine")]
 pub mod scan;
 #[cfg(feature = "serve")]

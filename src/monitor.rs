@@ -15,6 +15,11 @@ pub trait Monitor: Send + Sync {
 /// Something that happened.
 #[derive(Debug)]
 pub enum Event<'a> {
+    /// Everything is open, of every disk of the backup; the instant comes next. Said of each disk.
+    Opened {
+        /// A program may still have to be started, of the user's or of QEMU's.
+        programs: bool,
+    },
     /// The instant is taken; copying begins.
     Started(&'a Started),
     /// Everything was opened and checked, and nothing more will be done.

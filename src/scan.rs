@@ -7,6 +7,7 @@ use crate::ground::range::{Allocation, ByteRange};
 use crate::image::Image;
 use crate::job::{Gate, Job};
 use crate::monitor::{Event, Monitor};
+use crate::sandbox::{self, Reach};
 use memmap2::MmapMut;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -26,6 +27,8 @@ pub struct Scan<'a> {
     pub image: &'a dyn Image,
     /// For messages.
     pub side: Side,
+    /// What its reading threads need.
+    pub reach: Reach,
 }
 
 /// What was found.
@@ -61,11 +64,10 @@ impl Scan<'_> {
         let state = Mutex::new(State { next: 0, unreadable: Vec::new() });
         let work = Work { scan: self, length, sums: Sums::new(length, expected), state };
         let results = thread::scope(|scope| {
-            let others: Vec<_> = (1..workers).map(|_| scope.spawn(|| work.run())).collect();
-            let own = work.run();
+            // None of them is the caller's: what they give up it may need again.
+            let threads: Vec<_> = (0..workers.max(1)).map(|_| scope.spawn(|| work.run())).collect();
             let panicked = |_| Err(Error::new(Kind::Other, "a reading thread panicked"));
-            let others = others.into_iter().map(|thread| thread.join().unwrap_or_else(panicked));
-            std::iter::once(own).chain(others).collect::<Vec<_>>()
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect::<Vec<_>>()
         });
         results.into_iter().collect::<Result<()>>()?;
         let unreadable = work.state.into_inner().unwrap_or_else(PoisonError::into_inner).unreadable;
@@ -78,6 +80,7 @@ impl Scan<'_> {
 
 impl Work<'_> {
     fn run(&self) -> Result<()> {
+        sandbox::enter(self.scan.reach);
         let mut buffer = MmapMut::map_anon(CHUNK as usize)
             .map_err(|error| Error::new(Kind::Other, format!("no memory for a buffer: {error}")))?;
         loop {

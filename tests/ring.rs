@@ -29,6 +29,8 @@ const BLOCKS: u64 = 512;
 /// No wait lasts so long unless something hangs.
 const HANGS: Duration = Duration::from_secs(60);
 const ROLE: &str = "DRIVE_BACKUP_TEST_ROLE";
+/// A socket's, for the role that needs one.
+const NAME: &str = "DRIVE_BACKUP_TEST_NAME";
 
 fn options(cbw_timeout: Duration) -> Options {
     Options {
@@ -267,6 +269,11 @@ fn play(role: &str) {
                 other => println!("received: {other:?}"),
             }
         }
+        "stranger" => {
+            let _listener = socket::listen(Path::new(&std::env::var_os(NAME).unwrap())).unwrap();
+            println!("listening");
+            wait_for_go();
+        }
         other => panic!("no role {other}"),
     }
 }
@@ -466,28 +473,54 @@ fn whoever_dies_when_nothing_torn_is_published() {
     }
 }
 
-#[test]
-fn another_users_process_is_refused() {
+fn open(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// Another user in a role. Nobody can get there: the doors are opened to see the second lock.
+fn somebody_else(scene: &Scene, role: &str) -> Command {
     assert!(rustix::process::geteuid().is_root(), "this test becomes another user, for which it must be root");
-    let scene = Scene::new();
-    let _writer = Writer::open_in(scene.disk(), scene.folder()).unwrap();
-    // Nobody can get there; open the doors to see the second lock.
-    let open = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     open(scene.temp.path(), 0o755);
-    open(&scene.folder(), 0o755);
+    open(&scene.folder(), 0o777);
     for entry in fs::read_dir(scene.folder()).unwrap() {
         open(&entry.unwrap().path(), 0o777);
     }
     let program = scene.temp.path().join("program");
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     open(&program, 0o755);
-    let mut intruder = Command::new(&program);
-    intruder.args(["--exact", "another_process_plays_its_role", "--nocapture"]).env(ROLE, "intruder");
-    let output = intruder.current_dir(scene.temp.path()).uid(65534).gid(65534).output().unwrap();
+    let mut command = Command::new(&program);
+    command.args(["--exact", "another_process_plays_its_role", "--nocapture"]).env(ROLE, role);
+    command.current_dir(scene.temp.path()).uid(65534).gid(65534);
+    command
+}
+
+#[test]
+fn another_users_process_is_refused() {
+    let scene = Scene::new();
+    let _writer = Writer::open_in(scene.disk(), scene.folder()).unwrap();
+    let output = somebody_else(&scene, "intruder").output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(said.contains("refused: 1\n"), "{said}{}", String::from_utf8_lossy(&output.stderr));
     // And a folder that is open to others is not used any more.
     assert!(Folder::open(&scene.folder()).is_err());
+}
+
+#[test]
+fn another_users_writer_is_not_talked_to() {
+    let scene = Scene::new();
+    let writer = Writer::open_in(scene.disk(), scene.folder()).unwrap();
+    let mut names = fs::read_dir(scene.folder()).unwrap().map(|entry| entry.unwrap().path());
+    let name = names.find(|path| path.to_string_lossy().contains("writer-")).unwrap();
+    drop(writer);
+    let mut stranger = somebody_else(&scene, "stranger");
+    let mut child = stranger.env(NAME, name).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stranger = Player { said: BufReader::new(child.stdout.take().unwrap()), child };
+    stranger.says("listening");
+    open(&scene.folder(), 0o700);
+    let refused = attach(scene.temp.path(), HANGS).map(drop).unwrap_err();
+    assert_eq!(refused.to_string(), "a writer's socket belongs to user 65534");
+    stranger.go();
+    stranger.ends();
 }
 
 #[test]

@@ -28,6 +28,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("image", 3),
     ("manifest", 3),
     ("ring", 3),
+    ("sandbox", 3),
     ("ring::server", 4),
     ("unix_socket", 4),
     ("writer", 4),

@@ -5,6 +5,7 @@ use crate::ground::range::ByteRange;
 use crate::ground::status::{OverlayUsage, WriterStats};
 use crate::job::{Gauges, Job};
 use crate::ring::server::{Trap, Writers};
+use crate::sandbox::{self, Reach};
 use crate::snapshot::overlay::Overlay;
 use crate::snapshot::preserve::Preserver;
 use std::sync::{Arc, Weak};
@@ -14,17 +15,19 @@ pub struct Guard {
     preserver: Preserver,
     /// Not its owner: the job knows the writers, who know this.
     job: Weak<Job>,
+    reach: Reach,
 }
 
 impl Guard {
-    /// Captures with `preserver`.
-    pub fn new(preserver: Preserver, job: &Arc<Job>) -> Self {
-        Self { preserver, job: Arc::downgrade(job) }
+    /// Captures with `preserver`, in threads that get no further than `reach`.
+    pub fn new(preserver: Preserver, job: &Arc<Job>, reach: Reach) -> Self {
+        Self { preserver, job: Arc::downgrade(job), reach }
     }
 }
 
 impl Trap for Guard {
     fn before_write(&self, range: ByteRange) -> Result<()> {
+        sandbox::enter(self.reach);
         self.preserver.before_write(range).map(drop)
     }
 

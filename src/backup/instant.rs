@@ -5,6 +5,7 @@ use super::destination::Destination;
 use super::guard::{Gauge, Guard};
 use super::options::{Options, OverlayPlace, SnapshotChoice, SyncMode, WriterChoice};
 use super::origin::Origin;
+use super::reach;
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::cluster::ClusterSize;
 use crate::image::Image;
@@ -20,6 +21,7 @@ use crate::manifest::Contents;
 use crate::monitor::{Instant, Warning};
 use crate::ring::folder::{self, Disk};
 use crate::ring::server::{self, Frozen, Writers};
+use crate::sandbox::Reach;
 use crate::snapshot::copy_state::{CopyState, Plan};
 use crate::snapshot::overlay::Overlay;
 use crate::snapshot::preserve::Preserver;
@@ -63,6 +65,7 @@ pub struct Moment {
     unallocated: Option<Arc<Unallocated>>,
     writers: Option<Arc<Writers>>,
     locks: Vec<ImageLock>,
+    reach: Reach,
 }
 
 /// One moment on two clocks.
@@ -135,6 +138,7 @@ impl Moment {
             unallocated: disk.origin.only_allocated().then(|| Arc::new(Unallocated::new(length, cluster_size))),
             writers: writers.map(Arc::new),
             locks: Vec::new(),
+            reach: reach::of(disk),
         };
         let attached = moment.writers.as_ref().map_or(0, |writers| writers.attached());
         // A clone would not tell what its writers overwrite.
@@ -231,7 +235,7 @@ impl Moment {
                 self.tracker.attach_free_map(writers.free_map());
                 let preserver = Preserver::new(self.tracker.clone(), self.image.clone(), overlay.clone());
                 let preserver = preserver.noting(self.unallocated.clone());
-                let guard = Guard::new(preserver, disk.job);
+                let guard = Guard::new(preserver, disk.job, self.reach);
                 let gauge = Gauge::new(overlay.clone(), writers.clone());
                 disk.job.set_gauges(Arc::new(gauge));
                 let released = writers.clone();
@@ -259,6 +263,11 @@ impl Moment {
     /// Bytes: claims are multiples of it.
     pub fn granule(&self) -> u64 {
         self.granule
+    }
+
+    /// What those need who copy and capture.
+    pub fn reach(&self) -> Reach {
+        self.reach
     }
 
     /// Where overwritten clusters are, if there can be writers.

@@ -9,6 +9,7 @@ mod options;
 mod origin;
 mod outcome;
 mod proof;
+mod reach;
 mod rehearsal;
 mod view;
 
@@ -93,6 +94,8 @@ fn start<'a>(disks: &[Disk<'a>]) -> Result<Vec<(Ready<'a>, Moment)>, Box<Refusal
     for (place, &disk) in disks.iter().enumerate() {
         ready.push(open(disk).map_err(|error| Refusal { culprit: Some(place), error })?);
     }
+    let programs = ready.iter().any(reach::runs_programs);
+    disks.iter().for_each(|disk| disk.monitor.event(Event::Opened { programs }));
     let moments = Moment::take_all(&ready).map_err(|error| Refusal { culprit: None, error })?;
     Ok(ready.into_iter().zip(moments).collect())
 }
@@ -265,5 +268,5 @@ fn copier<'a>(
     };
     let (source, overlay, unallocated) = (moment.image(), moment.overlay(), moment.unallocated());
     let ends = Ends { source, overlay, target, unallocated };
-    Copier::new(job, monitor, moment.tracker(), ends, rules).hashing(hashing)
+    Copier::new(job, monitor, moment.tracker(), ends, rules).hashing(hashing).within(moment.reach())
 }

@@ -4,6 +4,7 @@ use super::Disk;
 use super::destination::Destination;
 use super::instant::Moment;
 use super::origin::Origin;
+use super::reach;
 use crate::copier::{Hashing, Losses};
 use crate::digest::{BLOCK, Digest, Found, Summed, Sums, ranges};
 use crate::error::{Error, Kind, Result, Side};
@@ -132,7 +133,8 @@ fn read_back(disk: Disk<'_>, destination: &Destination, expected: Arc<Digest>, l
         let what = format!("{what}: it has {} bytes, not {length}", image.length());
         return Err(Error::differs(what, Vec::new()));
     }
-    let scan = Scan { job, monitor, image: image.as_ref(), side: Side::Target };
+    let reach = reach::of_target(destination);
+    let scan = Scan { job, monitor, image: image.as_ref(), side: Side::Target, reach };
     let Scanned { found, unreadable } = scan.run(length, Some(expected), options.workers)?;
     // What was given up is known not to be there, and told of otherwise.
     let skipped = |block: &u64| {
@@ -149,7 +151,7 @@ fn of_clone(disk: Disk<'_>, destination: &Destination) -> Result<Found> {
     let Disk { options, job, monitor } = disk;
     job.enter(Phase::Verify);
     let image = destination.image();
-    let scan = Scan { job, monitor, image, side: Side::Target };
+    let scan = Scan { job, monitor, image, side: Side::Target, reach: reach::of_target(destination) };
     let Scanned { found, unreadable } = scan.run(image.length(), None, options.workers)?;
     match ranges(image.length(), unreadable).first() {
         None => Ok(found),

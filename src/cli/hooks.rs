@@ -64,6 +64,11 @@ impl Hooks {
         })
     }
 
+    /// Nothing is left to run once the disks are open.
+    pub fn runs_nothing_later(&self) -> bool {
+        self.after.is_none() && self.failed.is_none()
+    }
+
     /// What `result` becomes when the hook for it has run.
     pub fn after(&self, disk: &Disk<'_>, result: Result<Summary, Failure>) -> Result<Summary, Failure> {
         match (&result, &self.after, &self.failed) {

@@ -1,5 +1,6 @@
 //! The jobs of a run, or the disks of a server, for QMP clients and for `drive-backup ctl`.
 
+use super::watch::Watch;
 use crate::backup::{Failure, Options, Summary};
 use crate::error::Result;
 use crate::job::Job;
@@ -29,9 +30,11 @@ pub struct Remote {
 /// Tells both.
 pub struct Tee<'a> {
     /// First.
-    pub own: &'a dyn Monitor,
+    pub own: &'a Watch,
     /// Then.
     pub remote: Option<Arc<Entry>>,
+    /// Once all is open it speaks for the process, of which it says whether nothing of the user's will be started.
+    pub shuts: Option<bool>,
 }
 
 impl Monitor for Tee<'_> {
@@ -39,6 +42,9 @@ impl Monitor for Tee<'_> {
         // Started ends nothing for QMP; a fault is told to both.
         if let (Some(remote), Event::Fault { error, action }) = (&self.remote, &event) {
             remote.event(Event::Fault { error, action: *action });
+        }
+        if let (Some(shuts), Event::Opened { programs }) = (self.shuts, &event) {
+            self.own.hold(shuts && !programs);
         }
         self.own.event(event);
     }

@@ -199,8 +199,12 @@ impl Session {
         let remote = self.remote.as_ref();
         let entries: Vec<_> = (0..watched.len()).map(|place| remote.and_then(|remote| remote.entry(place))).collect();
         let tell_remote = remote.map(Remote::ended);
+        let shuts = hooks.runs_nothing_later();
         let work = move || {
-            let tees = watched.iter().zip(entries).map(|((_, watch), remote)| Tee { own: &**watch, remote });
+            let tees = watched.iter().zip(entries).enumerate().map(|(place, ((_, watch), remote))| {
+                let shuts = (place == 0).then_some(shuts);
+                Tee { own: watch, remote, shuts }
+            });
             let tees: Vec<Tee<'_>> = tees.collect();
             let disks = options.iter().zip(&watched).zip(&tees);
             let disks: Vec<Disk<'_>> =

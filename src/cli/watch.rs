@@ -11,6 +11,7 @@ use crate::ground::policy::Action;
 use crate::ground::status::{Pause, Phase};
 use crate::job::Job;
 use crate::monitor::{self, Event, Instant, Monitor, Rehearsal, Started, TargetKind};
+use crate::sandbox;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -40,6 +41,7 @@ pub struct Watch {
 impl Monitor for Watch {
     fn event(&self, event: Event<'_>) {
         match event {
+            Event::Opened { .. } => {}
             Event::Started(started) => {
                 // Once a run: a second event would be about the same target.
                 let _ = self.started.set(started.clone());
@@ -68,6 +70,14 @@ impl Monitor for Watch {
 }
 
 impl Watch {
+    /// Everything is open: takes from this process what it needs no more; `for_good`: no program will be started.
+    pub fn hold(&self, for_good: bool) {
+        let shut = for_good && sandbox::shut_process();
+        if self.verbose {
+            self.display.say(&progress::held(sandbox::offered(), shut));
+        }
+    }
+
     fn record(&self, body: impl FnOnce() -> Body) {
         if let Some(records) = &self.records {
             records.push(body());

@@ -4,7 +4,7 @@ mod bar;
 pub mod pace;
 mod text;
 
-pub use text::{BadEnd, GoodEnd, differing, one_line, rehearsed, started, status};
+pub use text::{BadEnd, GoodEnd, differing, held, one_line, rehearsed, started, status};
 
 use super::args::Progress;
 use super::stream::{Stream, in_foreground, is_journal};

@@ -6,6 +6,7 @@ use crate::ground::range::ByteRange;
 use crate::ground::size::{Bytes, Clock, Rate};
 use crate::ground::status::{Pause, Phase};
 use crate::monitor::{Instant, Rehearsal, Started, TargetKind};
+use crate::sandbox::Held;
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -58,6 +59,12 @@ fn copying(view: &View) -> String {
         write!(line, ", {} errors", job.errors).expect("a string");
     }
     line
+}
+
+/// What this process can't do any more, for `-v`.
+pub fn held(threads: Held, is_shut: bool) -> String {
+    let programs = if is_shut { "no program can be started any more" } else { "programs can still be started" };
+    format!("the threads that read images are held by {threads}; {programs}")
 }
 
 /// What was found, for `-v`.
