@@ -16,6 +16,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("snapshot::tracker", 2),
     ("ring::bits", 2),
     ("ring::gate", 2),
+    ("ring::meeting", 2),
     ("ring::queue", 2),
     ("job", 2),
     ("monitor", 2),

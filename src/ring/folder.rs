@@ -15,6 +15,7 @@
 
 pub mod shown;
 
+pub use super::meeting::Announced;
 use super::socket;
 use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
@@ -100,15 +101,6 @@ impl Drop for Entry {
     fn drop(&mut self) {
         self.folder.remove(&self.name);
     }
-}
-
-/// A backup that has announced itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Announced {
-    /// The number in its name.
-    pub number: u64,
-    /// How long a starting writer waits for it to attach.
-    pub patience: Duration,
 }
 
 fn random() -> u64 {

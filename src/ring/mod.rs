@@ -1,11 +1,12 @@
 //! The shared-memory ring between a writer and a backup, and how the two find each other.
 //!
 //! docs/RING.md specifies it byte by byte; [`layout`] and [`packet`] are its source. Floors: `layout`, `packet` and
-//! `stall` 0, `bits`, `gate` and `queue` 2, `shm`, `socket` and `folder` 3, `server` 4.
+//! `stall` 0, `bits`, `gate`, `meeting` and `queue` 2, `shm`, `socket` and `folder` 3, `server` 4.
 
 pub mod bits;
 pub mod gate;
 pub mod layout;
+pub mod meeting;
 pub mod packet;
 pub mod queue;
 pub mod stall;

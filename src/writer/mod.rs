@@ -32,9 +32,10 @@ mod session;
 
 use crate::error::{Error, Kind, Result};
 use crate::ground::range::ByteRange;
-use crate::ring::folder::{self, Disk, Entry, Folder};
+use crate::ring::folder::{self, Announced, Disk, Entry, Folder};
 use crate::ring::gate::{Gate, Passage};
 use crate::ring::layout::Breach;
+use crate::ring::meeting::{self, Door, Place};
 use rustix::event::EventfdFlags;
 use session::{Asked, Session};
 use std::cell::Cell;
@@ -141,7 +142,6 @@ impl Writer {
         let disk = Disk::at(device).map_err(failed(format!("open disk '{}'", device.display())))?;
         let in_folder = || format!("use writer folder '{}'", path.display());
         let folder = Folder::open(path).map_err(failed(in_folder()))?;
-        let (listener, name) = folder.listen(disk).map_err(failed(in_folder()))?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let bell =
             rustix::event::eventfd(0, flags).map_err(io::Error::from).map_err(failed("make an eventfd".into()))?;
@@ -154,11 +154,13 @@ impl Writer {
             bell,
             stop: AtomicBool::new(false),
         });
-        let service = service::start(shared.clone(), listener, folder.clone());
-        let service = service.map_err(failed("start the writer's thread".into()))?;
-        let writer = Self { shared, service: Some(service), _name: name };
-        writer.shared.look_for_backups(&folder, disk).map_err(failed(in_folder()))?;
-        Ok(writer)
+        let starting = Starting { shared: &shared, folder: &folder, disk, since: Instant::now() };
+        meeting::join(&starting, &starting, || {
+            let (listener, name) = folder.listen(disk).map_err(failed(in_folder()))?;
+            let service = service::start(shared.clone(), listener, folder.clone());
+            let service = service.map_err(failed("start the writer's thread".into()))?;
+            Ok(Self { shared: shared.clone(), service: Some(service), _name: name })
+        })
     }
 
     /// Begins a write of `length` bytes at `offset`; a discard or write-zeroes is one too. The disk may be touched
@@ -344,29 +346,50 @@ impl Shared {
         // It fails only when it has rung 2^64 times unheard.
         let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
     }
+}
 
-    /// Our socket is there; now for the backups that announced themselves before it was. Returns when all of them have
-    /// attached, died, or used up their time; those are told that writes will happen without them.
-    fn look_for_backups(&self, folder: &Folder, disk: Disk) -> io::Result<()> {
-        let since = Instant::now();
-        let found = loop {
-            let attached = lock(&self.attached);
-            let mut found = folder.backups(disk)?;
-            found.retain(|backup| !attached.contains(&backup.number));
-            if !found.iter().any(|backup| since.elapsed() < backup.patience) {
-                break found;
-            }
-            drop(self.arrived.wait_timeout(attached, LOOK));
-        };
-        // From here on a backup whose instant has passed is turned away.
-        self.control_mut().opening = false;
-        let attached = lock(&self.attached).clone();
-        let unattached = |number| !attached.contains(&number) && found.iter().any(|backup| backup.number == number);
-        // One that was not there yet looks for us before its instant.
-        for backup in folder.backups(disk)?.iter().filter(|backup| unattached(backup.number)) {
-            folder.mark_unattached(disk, backup.number)?;
-        }
-        Ok(())
+/// A writer that has not begun, among the names of its folder.
+struct Starting<'a> {
+    shared: &'a Shared,
+    folder: &'a Folder,
+    disk: Disk,
+    since: Instant,
+}
+
+impl Starting<'_> {
+    fn failed(&self, error: io::Error) -> Error {
+        Error::system(Kind::Other, format!("use writer folder '{}'", self.folder.path().display()), error)
+    }
+}
+
+impl Place for Starting<'_> {
+    type Error = Error;
+
+    fn backups(&self) -> Result<Vec<Announced>> {
+        self.folder.backups(self.disk).map_err(|error| self.failed(error))
+    }
+
+    fn mark_unattached(&self, number: u64) -> Result<()> {
+        self.folder.mark_unattached(self.disk, number).map_err(|error| self.failed(error))
+    }
+}
+
+impl Door for Starting<'_> {
+    fn attached(&self) -> Vec<u64> {
+        lock(&self.shared.attached).clone()
+    }
+
+    fn waits_for(&self, backup: &Announced) -> bool {
+        self.since.elapsed() < backup.patience
+    }
+
+    fn wait(&self, count: usize) {
+        let attached = lock(&self.shared.attached);
+        drop(self.shared.arrived.wait_timeout_while(attached, LOOK, |attached| attached.len() <= count));
+    }
+
+    fn shut(&self) {
+        self.shared.control_mut().opening = false;
     }
 }
 

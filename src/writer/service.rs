@@ -18,6 +18,7 @@ use super::session::Session;
 use super::{QUIESCING, Shared, lock};
 use crate::ring::folder::Folder;
 use crate::ring::layout::Breach;
+use crate::ring::meeting;
 use crate::ring::packet::{Attach, Malformed, Packet};
 use crate::ring::shm::{Bits, Ring};
 use crate::ring::socket::{self, Received};
@@ -178,7 +179,7 @@ impl Service {
         let socket = socket.try_clone().map_err(|_| Errno::MFILE)?;
         let session = Arc::new(Session::new(terms, ring, bits, socket));
         let mut control = self.shared.control_mut();
-        if terms.trap_at_once && !control.opening {
+        if !meeting::admits(control.opening, terms.trap_at_once) {
             return Err(Errno::STALE);
         }
         control.session = Some(session.clone());
