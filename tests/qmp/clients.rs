@@ -69,7 +69,7 @@ fn pypis_client_lists_starts_steers_and_hears() {
     let (target, home) = (bench.path("t.raw"), folder());
     let commands = format!(
         "query-block\ndrive-backup device=d0 target={} speed=1048576\nquery-block-jobs\nblock-job-set-speed device=d0 \
-         speed=2097152\nblock-job-pause device=d0\nblock-job-resume device=d0\nblock-job-cancel device=d0\nquery-jobs\nquit\n",
+         speed=2097152\nblock-job-pause device=d0\nblock-job-resume device=d0\n\nblock-job-cancel device=d0\nquery-jobs\nquit\n",
         text(&target)
     );
     let mut shell = Command::new(venv.join("bin/qmp-shell"));
@@ -80,6 +80,12 @@ fn pypis_client_lists_starts_steers_and_hears() {
     let said = String::from_utf8_lossy(&ended.stdout).into_owned();
     assert!(said.contains("Connected to QEMU 0.") && said.contains("disk.raw"), "{said} {}", ended.stderr);
     assert!(said.contains("\"speed\": 1048576") && !said.contains("\"error\": {"), "{said}");
+    // At the empty line.
+    let heard: Vec<&str> = ["created", "running", "paused"]
+        .into_iter()
+        .filter(|word| said.contains(&format!("'status': '{word}'")))
+        .collect();
+    assert_eq!(heard, ["created", "running", "paused"], "{said}");
     assert!(!target.exists());
     assert_eq!(server.ended().code, 0);
 }
