@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 const LENGTH: u64 = 70_000;
+const SOON: Duration = Duration::from_secs(10);
 
 struct Tape {
     input: Mutex<(Vec<u8>, usize)>,
@@ -40,7 +41,7 @@ impl Wire for Tape {
         Ok(())
     }
 
-    fn set_timeout(&self, _timeout: Option<Duration>) -> io::Result<()> {
+    fn set_timeouts(&self, _receive: Option<Duration>, _send: Option<Duration>) -> io::Result<()> {
         Ok(())
     }
 
@@ -55,8 +56,14 @@ fn disk() -> &'static Arc<Disk> {
     static DISK: OnceLock<Arc<Disk>> = OnceLock::new();
     DISK.get_or_init(|| {
         let raw = Raw::fresh(tempfile::tempfile().unwrap(), LENGTH).unwrap();
-        let options =
-            DiskOptions { name: "d".into(), path: "d".into(), format: None, read_only: false, secret: None, writer_dir: None };
+        let options = DiskOptions {
+            name: "d".into(),
+            path: "d".into(),
+            format: None,
+            read_only: false,
+            secret: None,
+            writer_dir: None,
+        };
         Arc::new(Disk::over(&options, Arc::new(raw)))
     })
 }
@@ -69,7 +76,7 @@ fuzz_target!(|bytes: &[u8]| {
     let session = if first & 2 == 0 {
         Ok((tape, Session { disk: disk().clone(), structured: first & 4 == 0, allocation: first & 4 == 0 }))
     } else {
-        negotiate(tape, &Offer { disks: vec![disk().clone()], tls: None, patience: Duration::from_secs(10) })
+        negotiate(tape, &Offer { disks: vec![disk().clone()], tls: None, patience: SOON, stall: SOON })
     };
     if let Ok((tape, session)) = session {
         let bell = WATCH.get_or_init(|| Watch::start().unwrap()).bell();
