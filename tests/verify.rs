@@ -165,34 +165,9 @@ impl Below {
     }
 }
 
-/// The command under strace that stands still before its read-back.
-struct Halted {
-    strace: Running,
-    child: i32,
-    _log: tempfile::NamedTempFile,
-}
-
-impl Halted {
-    /// Runs the command until its first fadvise, which drops the cache of the target that is on stable storage.
-    fn before_reading_back(arguments: &[&str]) -> Self {
-        let log = tempfile::NamedTempFile::new().unwrap();
-        let mut strace = Command::new("strace");
-        strace.args(["-f", "-qq", "-o", text(log.path()), "-e", "trace=fadvise64"]);
-        strace.args(["-e", "inject=fadvise64:signal=STOP:when=1", support::BINARY]).args(arguments);
-        let mut strace = Running::start(&mut support::piped(strace));
-        let stopped = |log: String| log.contains("--- stopped by SIGSTOP ---").then_some(());
-        wait_for("the stop before the read-back", || stopped(std::fs::read_to_string(log.path()).unwrap()));
-        let id = strace.id();
-        assert!(!strace.has_ended());
-        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
-        let child = children.split_whitespace().next().unwrap().parse().unwrap();
-        Self { strace, child, _log: log }
-    }
-
-    fn goes_on(self) -> Ended {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child), nix::sys::signal::Signal::SIGCONT).unwrap();
-        self.strace.ended()
-    }
+/// Stands still at the first fadvise, which drops the cache of the target that is on stable storage.
+fn before_reading_back(arguments: &[&str]) -> Halted {
+    Halted::after("fadvise64", &[], arguments)
 }
 
 /// Flips a bit of `what` in the file behind a device.
@@ -223,7 +198,7 @@ fn a_bit_that_flips_below_the_file_system_is_found_before_the_copy_is_published_
             std::fs::write(&target, "old").unwrap();
             let ends = ["--device", text(&source), "--target", text(&target)];
             let proof = ["--verify", "--manifest", text(&manifest)];
-            let halted = Halted::before_reading_back(&[&ends[..], &proof].concat());
+            let halted = before_reading_back(&[&ends[..], &proof].concat());
             corrupt(&below.backing, marker);
             let ended = halted.goes_on();
             let bad = below.mount.join(&format!("{name}.drive-backup-bad"));
@@ -260,7 +235,7 @@ fn a_device_that_holds_something_else_afterwards_is_incomplete() {
     sparse_file(&backing, 8 * MIB);
     let device = LoopDevice::over(&backing, &[]);
     copy(&source, device.path(), &["--verify"]).succeeds();
-    let halted = Halted::before_reading_back(&["--device", text(&source), "--target", text(device.path()), "--verify"]);
+    let halted = before_reading_back(&["--device", text(&source), "--target", text(device.path()), "--verify"]);
     flip(&backing, MIB + 3);
     let ended = halted.goes_on();
     ended.fails(7, "read back differs from what was written to it at 0x0+4194304");

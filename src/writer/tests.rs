@@ -5,6 +5,8 @@ use crate::ground::cluster::ClusterSize;
 use crate::ring::packet::Attach;
 use crate::ring::shm::{Bits, Ring};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use std::cell::RefCell;
+use std::convert::Infallible;
 use std::thread;
 
 const BOUND: Duration = Duration::from_millis(50);
@@ -86,4 +88,48 @@ fn a_write_that_begins_in_a_freeze_rings_the_bell_since_it_was_counted() {
     freeze(&shared);
     shared.enter(0, 1).unwrap();
     assert!(rustix::io::read(&shared.bell, &mut [0; 8]).is_ok());
+}
+
+/// Backup 1 has attached, 2 does not come, 3 announces itself when the writer has looked, and finds it.
+#[derive(Default)]
+struct Crowd {
+    is_shut: Cell<bool>,
+    marked: RefCell<Vec<u64>>,
+}
+
+impl Place for Crowd {
+    type Error = Infallible;
+
+    fn backups(&self) -> Result<Vec<Announced>, Infallible> {
+        let last = if self.is_shut.get() { 3 } else { 2 };
+        Ok((1..=last).map(|number| Announced { number, patience: Duration::ZERO }).collect())
+    }
+
+    fn mark_unattached(&self, number: u64) -> Result<(), Infallible> {
+        self.marked.borrow_mut().push(number);
+        Ok(())
+    }
+}
+
+impl Door for Crowd {
+    fn attached(&self) -> Vec<u64> {
+        vec![1]
+    }
+
+    fn waits_for(&self, _: &Announced) -> bool {
+        false
+    }
+
+    fn wait(&self, _: usize) {}
+
+    fn shut(&self) {
+        self.is_shut.set(true);
+    }
+}
+
+#[test]
+fn a_starting_writer_breaks_only_backups_that_it_found_and_that_did_not_come() {
+    let crowd = Crowd::default();
+    let Ok(()) = meeting::join(&crowd, &crowd, || Ok(()));
+    assert_eq!(*crowd.marked.borrow(), [2]);
 }

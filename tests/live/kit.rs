@@ -10,9 +10,9 @@ use drive_backup::job::Job;
 use drive_backup::monitor::{Event, Monitor, Started};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// No wait lasts so long unless something hangs, on whatever machine.
 pub const HANGS: Duration = Duration::from_secs(60);
@@ -58,23 +58,52 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable}={text}")))
 }
 
+/// The seeds of a test's runs.
+struct Seeds {
+    first: u64,
+    /// 0: one and the same.
+    step: u64,
+    runs: u64,
+    until: Option<Instant>,
+}
+
+impl Seeds {
+    fn chosen(default: u64, each: u64) -> Self {
+        let until = number("DRIVE_BACKUP_SECONDS").map(|seconds| Instant::now() + Duration::from_secs(seconds));
+        let runs = number("DRIVE_BACKUP_RUNS").map(|runs| runs.div_ceil(each));
+        match number("DRIVE_BACKUP_SEED") {
+            Some(first) => Self { first, step: 0, runs: runs.unwrap_or(1), until },
+            None => {
+                let runs = runs.unwrap_or(if until.is_some() { u64::MAX } else { default.div_ceil(each) });
+                Self { first: number("DRIVE_BACKUP_FIRST_SEED").unwrap_or(0), step: 1, runs, until }
+            }
+        }
+    }
+
+    fn get(&self, run: u64) -> Option<u64> {
+        let is_over = run >= self.runs || self.until.is_some_and(|until| Instant::now() >= until);
+        (!is_over).then(|| self.first + run * self.step)
+    }
+}
+
 /// Calls `test` with many seeds, on two threads, and says which one failed. `default`: how many runs, if nobody asks;
 /// a seed is for `each` of them.
+///
+/// `DRIVE_BACKUP_RUNS` so many, `DRIVE_BACKUP_SECONDS` for so long, `DRIVE_BACKUP_FIRST_SEED` from that one on;
+/// `DRIVE_BACKUP_SEED` that one, as often as `DRIVE_BACKUP_RUNS` says: a seed decides what is tried, not how threads meet.
 pub fn each_seed(default: u64, each: u64, test: impl Fn(u64) + Sync) {
-    let seeds = match number("DRIVE_BACKUP_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 0..number("DRIVE_BACKUP_RUNS").unwrap_or(default).div_ceil(each),
-    };
-    let next = AtomicU64::new(seeds.start);
+    let seeds = Seeds::chosen(default, each);
+    let name = std::thread::current().name().unwrap_or_default().to_owned();
+    let next = AtomicU64::new(0);
+    let failed = AtomicBool::new(false);
     let work = || {
-        loop {
-            let seed = next.fetch_add(1, Ordering::Relaxed);
-            if !seeds.contains(&seed) {
-                return;
-            }
+        while let (false, run) = (failed.load(Relaxed), next.fetch_add(1, Relaxed))
+            && let Some(seed) = seeds.get(run)
+        {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(seed))) {
-                next.store(seeds.end, Ordering::Relaxed);
-                eprintln!("the seed was {seed}: DRIVE_BACKUP_SEED={seed} runs it again");
+                failed.store(true, Relaxed);
+                eprintln!("the seed was {seed}; this runs it again:");
+                eprintln!("DRIVE_BACKUP_SEED={seed} cargo test --test live -- --exact {name}");
                 resume_unwind(panic);
             }
         }
@@ -84,6 +113,9 @@ pub fn each_seed(default: u64, each: u64, test: impl Fn(u64) + Sync) {
         work();
         other.join().unwrap_or_else(|panic| resume_unwind(panic));
     });
+    // Each thread asked for one that it did not get.
+    let runs = next.into_inner() - 2;
+    eprintln!("seeds {} to {}: {runs} runs of {name}", seeds.first, seeds.first + (runs.max(1) - 1) * seeds.step);
 }
 
 /// A folder of the test's own, in memory.

@@ -1,16 +1,18 @@
 //! The whole path, from a program that writes to a published copy: writers, the ring, the freeze, the overlay, the copier.
 //!
-//! `DRIVE_BACKUP_RUNS` is the number of random runs of each such test, `DRIVE_BACKUP_SEED` replays one.
+//! Random runs have seeds, from 0 on; [`kit::each_seed`] says which variables choose others.
 
 #![cfg(feature = "cli")]
 
 mod choices;
+mod crowd;
 mod death;
 mod instant;
 mod kit;
 mod overlay;
 mod qcow2;
 mod several;
+mod starts;
 #[path = "../support/mod.rs"]
 mod support;
 mod trail;

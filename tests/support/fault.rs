@@ -31,6 +31,36 @@ pub fn watched(options: &[&str], paths: &[&Path], arguments: &[&str]) -> Watched
     Watched { ended, calls, injected: log.contains("INJECTED") }
 }
 
+/// The command under strace, standing still.
+pub struct Halted {
+    strace: Running,
+    child: i32,
+    _log: tempfile::NamedTempFile,
+}
+
+impl Halted {
+    /// Stopped when it has made the system call `call` for the first time. `options` are strace's own: which calls count.
+    pub fn after(call: &str, options: &[&str], arguments: &[&str]) -> Self {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-qq", "-o", text(log.path()), "-e", &format!("trace={call}")]).args(options);
+        strace.args(["-e", &format!("inject={call}:signal=STOP:when=1"), BINARY]).args(arguments);
+        let mut strace = Running::start(&mut piped(strace));
+        let stopped = |log: String| log.contains("--- stopped by SIGSTOP ---").then_some(());
+        wait_for("the stop", || stopped(std::fs::read_to_string(log.path()).unwrap()));
+        let id = strace.id();
+        assert!(!strace.has_ended());
+        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+        let child = children.split_whitespace().next().unwrap().parse().unwrap();
+        Self { strace, child, _log: log }
+    }
+
+    pub fn goes_on(self) -> Ended {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child), nix::sys::signal::Signal::SIGCONT).unwrap();
+        self.strace.ended()
+    }
+}
+
 /// A raw file seen through nodes of qemu-storage-daemon: blkdebug, which fails where it is told to, or blklogwrites,
 /// which remembers every write. A file again, by FUSE.
 pub struct Export {
