@@ -17,10 +17,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long a writer may take to answer on the socket, except to a freeze.
 pub const ANSWER: Duration = Duration::from_secs(2);
+/// How long until one that hung up is tried again.
+const AGAIN: Duration = Duration::from_millis(2);
 /// How long a serving thread stays awake after an entry: a writer that writes one block after another finds it so.
 const AWAKE: Duration = Duration::from_micros(100);
 /// How long it sleeps at most.
@@ -88,10 +91,13 @@ pub enum Unattached {
 impl Link {
     /// Attaches to writer `number`. `None`: it is dead.
     pub fn attach(hub: &Hub, number: u64, terms: Attach) -> Result<Option<Arc<Self>>, Unattached> {
-        match Self::try_attach(hub, number, terms) {
-            // It may have died just now: then nobody accepts the second connection.
-            Err(Unattached::HungUp(_)) => Self::try_attach(hub, number, terms),
-            other => other,
+        let since = Instant::now();
+        loop {
+            match Self::try_attach(hub, number, terms) {
+                // It may be ending: soon nobody accepts a connection. Until then its sockets are closed in any order.
+                Err(Unattached::HungUp(_)) if since.elapsed() < ANSWER => thread::sleep(AGAIN),
+                other => return other,
+            }
         }
     }
 
@@ -298,7 +304,7 @@ impl Hub {
 
 /// A thread that serves one writer until it is over.
 pub fn serve(hub: &Hub, link: &Link) {
-    let alone = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
+    let alone = thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
     let awake = if alone { Duration::ZERO } else { AWAKE };
     while !link.is_over() {
         let mut patience = Futex::new(awake, ASLEEP);

@@ -53,8 +53,8 @@ struct Scene {
     rate: Option<u64>,
 }
 
-/// How a backup ended: the copy, if it is whole.
-type Outcome = Result<Vec<u8>, Kind>;
+/// How a backup ended: the copy, if it is whole; else why not.
+type Outcome = Result<Vec<u8>, (Kind, String)>;
 
 fn layout(random: &mut Random, seed: u64, is_qcow2: bool, threads: u64) -> Layout {
     let sectors = random.pick(&[1, 7, 64, 200, 500, 900]) + random.below(40);
@@ -147,13 +147,15 @@ impl Scene {
                 let inject = format!("inject={call}:{what}:when={from}{}", random.pick(&["", "+", "+7"]));
                 self.under_strace(call, &inject, about_source)
             }
-            _ => backup::run(&self.options, job, &Ear::default()).map(drop).map_err(|failure| failure.error.kind()),
+            _ => backup::run(&self.options, job, &Ear::default())
+                .map(drop)
+                .map_err(|failure| (failure.error.kind(), failure.error.to_string())),
         };
         kind.map(|()| kit::disk_of(&self.target(), self.options.format.unwrap(), self.orders.layout.length))
     }
 
     /// The command, for faults are not to hit this process.
-    fn under_strace(&self, call: &str, inject: &str, about_source: bool) -> Result<(), Kind> {
+    fn under_strace(&self, call: &str, inject: &str, about_source: bool) -> Result<(), (Kind, String)> {
         let (log, disk, target, meet) = (self.path("log"), self.path("disk"), self.target(), self.path("meet"));
         let mut command = Command::new("strace");
         command.args(["-f", "-qq", "-o", text(&log), "-e", &format!("trace={call}"), "-e", inject]);
@@ -189,16 +191,16 @@ impl Scene {
         let ended = Running::start(&mut support::piped(command)).ended();
         match ended.code {
             0 => Ok(()),
-            4 => Err(Kind::Source),
-            5 => Err(Kind::Target),
-            6 => Err(Kind::InstantLost),
+            4 => Err((Kind::Source, ended.stderr)),
+            5 => Err((Kind::Target, ended.stderr)),
+            6 => Err((Kind::InstantLost, ended.stderr)),
             _ => panic!("{inject}: {ended:?}"),
         }
     }
 
     /// Is this how such a backup may fail?
     #[track_caller]
-    fn excuse(&self, kind: Kind) {
+    fn excuse(&self, kind: Kind, why: &str) {
         let breaks = !self.orders.may_fail;
         let limited = self.options.overlay_limit.is_some() || self.fault == Fault::OverlayFull;
         let is_call = |side: bool| matches!(self.fault, Fault::Call(_, what, source) if source == side && what.starts_with("error"));
@@ -208,11 +210,7 @@ impl Scene {
             Kind::Target => self.fault == Fault::TargetFull || is_call(false),
             _ => false,
         };
-        assert!(
-            excused,
-            "{kind:?} with {:?}, {:?}, {:?}",
-            self.fault, self.options.on_cbw_error, self.options.overlay_limit
-        );
+        assert!(excused, "{why}: with {:?}, {:?}", self.fault, self.options);
         assert!(self.options.mode == Mode::Existing || !self.target().exists(), "a failed backup left a target");
     }
 }
@@ -280,7 +278,7 @@ fn run(seed: u64) -> bool {
     proof::prove("the disk", &disk, layout, &journals, (NEVER, NEVER));
     match outcome {
         Ok(ref copy) => proof::prove("the copy", copy, layout, &journals, (asked, ended)),
-        Err(kind) => scene.excuse(kind),
+        Err((kind, ref why)) => scene.excuse(kind, why),
     }
     outcome.is_ok()
 }

@@ -223,6 +223,25 @@ fn a_writer_that_stays_silent_makes_the_start_fail() {
 }
 
 #[test]
+fn a_writer_that_ends_while_it_is_attached_is_no_loss() {
+    let scene = Scene::new();
+    let (listener, name) = scene.folder().listen(scene.disk()).unwrap();
+    let ending = thread::spawn(move || {
+        // Its connections are closed before the socket that takes more of them.
+        for _ in 0..3 {
+            let began = Instant::now();
+            while socket::accept(&listener).is_err() {
+                assert!(began.elapsed() < HANGS, "nobody connects");
+                thread::yield_now();
+            }
+        }
+        drop((listener, name));
+    });
+    assert_eq!(scene.attach(options()).unwrap().attached(), 0);
+    ending.join().unwrap();
+}
+
+#[test]
 fn a_live_writer_that_is_not_attached_makes_the_check_fail() {
     let scene = Scene::new();
     let trap = Arc::new(Recorder::default());
