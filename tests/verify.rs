@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::bytes::{allocated, disk, identical, noise, read, same, scribble, sound};
+use support::fault::Halted;
 use support::{
     Ended, LoopDevice, Mount, Running, command, copy, drive_backup, fingerprint, folder, names, qemu_img, run,
     sparse_file, text, wait_for,

@@ -204,7 +204,10 @@ impl Scene {
         let breaks = !self.orders.may_fail;
         let limited = self.options.overlay_limit.is_some() || self.fault == Fault::OverlayFull;
         let is_call = |side: bool| matches!(self.fault, Fault::Call(_, what, source) if source == side && what.starts_with("error"));
+        // It makes the memory that writers share, too.
+        let shares_memory = matches!(self.fault, Fault::Call("fallocate", ..));
         let excused = match kind {
+            Kind::InstantLost | Kind::Source if shares_memory => true,
             Kind::InstantLost => breaks && (limited || is_call(true) || is_call(false)),
             Kind::Source => is_call(true),
             Kind::Target => self.fault == Fault::TargetFull || is_call(false),

@@ -127,10 +127,11 @@ enum Medium {
 
 impl Medium {
     fn open(is_qcow2: bool) -> Self {
+        let file = OpenOptions::new().read(true).write(true).open("disk").unwrap();
         if !is_qcow2 {
-            return Self::Raw(OpenOptions::new().read(true).write(true).open("disk").unwrap());
+            return Self::Raw(file);
         }
-        let file = Arc::new(Raw::open_target(Path::new("disk")).unwrap().without_flush());
+        let file = Arc::new(Raw::of(file).unwrap().without_flush());
         Self::Qcow2(Arc::new(ExistingQcow2::open(Path::new("disk"), file, None).unwrap()))
     }
 
