@@ -57,7 +57,7 @@ impl Origin {
 
     /// The source as a backing file of the target.
     fn as_backing(options: &Options, format: Format) -> Result<Backing> {
-        let Location::Path(path) = &options.device else {
+        let Some(path) = options.device.path() else {
             let what = format!("a target can't be backed by '{}': only by a file or a device", options.device);
             return Err(Error::new(Kind::Usage, what));
         };
