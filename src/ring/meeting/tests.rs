@@ -36,6 +36,8 @@ struct World {
     /// The one cluster, and what was saved of it.
     disk: Mutex<(u32, Option<u32>)>,
     is_patient: bool,
+    /// The writer ends after its write.
+    dies: bool,
 }
 
 struct Lost;
@@ -78,7 +80,7 @@ impl Door for World {
 }
 
 impl World {
-    fn new(is_patient: bool) -> Arc<Self> {
+    fn new(is_patient: bool, dies: bool) -> Arc<Self> {
         Arc::new(Self {
             names: Mutex::default(),
             control: Mutex::new(Control { open: true, attached: Vec::new() }),
@@ -86,6 +88,7 @@ impl World {
             gate: Gate::default(),
             disk: Mutex::new((OLD, None)),
             is_patient,
+            dies,
         })
     }
 
@@ -108,6 +111,9 @@ impl World {
         disk.0 = NEW;
         drop(disk);
         let _ = self.gate.leave(0);
+        if self.dies {
+            self.names.lock().unwrap().listening = false;
+        }
     }
 
     /// As `ring::server` attaches to a writer whose socket it finds: what the writer's thread does then is one step.
@@ -172,9 +178,9 @@ impl World {
     }
 }
 
-fn meet(is_patient: bool) {
+fn meet(is_patient: bool, dies: bool) {
     let model = move || {
-        let world = World::new(is_patient);
+        let world = World::new(is_patient, dies);
         let writer = world.clone();
         let writing = thread::spawn(move || writer.write());
         world.back_up();
@@ -193,10 +199,16 @@ fn meet(is_patient: bool) {
 
 #[test]
 fn a_writer_and_a_backup_that_start_together_do_not_miss_each_other() {
-    meet(true);
+    meet(true, false);
 }
 
 #[test]
 fn a_writer_that_does_not_wait_makes_the_backup_fail() {
-    meet(false);
+    meet(false, false);
+}
+
+#[test]
+fn what_a_writer_wrote_that_is_gone_is_not_missed() {
+    meet(true, true);
+    meet(false, true);
 }
