@@ -10,7 +10,8 @@ use crate::image::raw::Raw;
 use crate::image::{Image, Properties};
 use crate::nbd::payload::{InfoRequest, MetaRequest};
 use crate::nbd::protocol::{
-    BASE_ALLOCATION, Greeting, OPTION_MAGIC, OptionHeader, Request, SimpleReply, command, command_flag, info, option,
+    BASE_ALLOCATION, Chunk, Greeting, OPTION_MAGIC, OptionHeader, Request, SimpleReply, command, command_flag, info,
+    option,
 };
 use crate::nbd::stream::Stream;
 use crate::nbd::tls::ServerTls;
@@ -402,6 +403,21 @@ fn requests_are_refused_as_the_protocol_says() {
         let cookie = number as u64;
         client.write_all(&with_payload(Request { cookie, ..request })).unwrap();
         assert_eq!(reply(&client), SimpleReply { error, cookie }, "{request:?}");
+    }
+}
+
+#[test]
+fn a_read_that_must_not_be_fragmented_has_one_chunk() {
+    let (client, _ended, _watch) = served(session(disk(Memory::new(), false), true), &Arc::default());
+    for (flags, length) in [(0, 1024), (command_flag::DF, 4096)] {
+        let read = Request { flags, ..request(command::READ, 7, 0, 4096) };
+        client.write_all(&read.encode()).unwrap();
+        let mut head = [0; Chunk::LENGTH];
+        client.read_exact(&mut head).unwrap();
+        assert_eq!(Chunk::decode(&head).unwrap().length, length + 8, "the first chunk's offset and data");
+        // What is left of it, and of the second time nothing: holes and data take turns.
+        let rest = if flags == 0 { 2 * (8 + 1024) + 3 * Chunk::LENGTH + 2 * 12 } else { 8 + 4096 };
+        client.read_exact(&mut vec![0; rest]).unwrap();
     }
 }
 
