@@ -12,6 +12,7 @@
 mod frontend;
 
 use frontend::{Frontend, SLOTS};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -96,7 +97,14 @@ fn start(which: &str, disk: &Path, socket: &Path) -> Server {
 
 /// Requests a second.
 fn rate(socket: &Path, pattern: &Pattern, settings: &Settings) -> f64 {
-    let mut frontend = Frontend::connect(socket).unwrap();
+    let since = Instant::now();
+    let mut frontend = loop {
+        match Frontend::connect(socket) {
+            // It has the name, and does not listen yet.
+            Err(e) if e.kind() == ErrorKind::ConnectionRefused && since.elapsed() < BOUND => std::thread::yield_now(),
+            connected => break connected.unwrap(),
+        }
+    };
     frontend.start_queue().unwrap();
     let places = (settings.mib << 20) / u64::from(pattern.length);
     let mut seed = 1_u64;

@@ -6,7 +6,8 @@
 //! wait, though, for then nobody takes what comes next. So the pool gets
 //!
 //! - what would wait for a backup just now: a write that is to be saved first, every write during a freeze;
-//! - where requests have been slow of late, more than copying takes, each that has others beside it.
+//! - where requests have been slow of late, more than copying takes, each that has others beside it;
+//! - what is long, and has others beside it: several processors copy more than one.
 
 use super::config;
 use super::perform::{changes, perform};
@@ -24,6 +25,8 @@ use vm_memory::GuestAddressSpace;
 
 /// What takes longer is worth waking somebody: that takes 30 to 60 microseconds by itself.
 const SLOW_NS: u64 = 60_000;
+/// Bytes that take longer than that to move, even from memory.
+const LONG: u64 = 256 << 10;
 /// A new duration counts as one of so many.
 const MEMORY: u64 = 8;
 /// And for no more than this: one that was preempted says nothing of the others.
@@ -92,8 +95,11 @@ impl Lane {
         self.duration.store((old * (MEMORY - 1) + new) / MEMORY, Relaxed);
     }
 
-    /// Slow, with others beside it, or as if there might soon be.
-    fn is_worth_the_pool(&self, more: bool, others: bool) -> bool {
+    /// Long, with others beside it; or slow, also as if there might soon be others.
+    fn is_worth_the_pool(&self, length: u64, more: bool, others: bool) -> bool {
+        if length >= LONG && (more || others) {
+            return true;
+        }
         if !self.is_slow() {
             return false;
         }
@@ -204,12 +210,13 @@ impl Service {
         let mine = &self.lanes[lane];
         let others = *mine.lock();
         let waits = changes(&request, memory).is_some_and(|range| self.disk.would_wait(range));
+        let length = request.length();
         let mut errand = Errand { lane, vring: vring.clone(), head, request, memory: memory.clone() };
         if waits || mine.is_slow() {
             tell_of(untold, vring);
         }
         // A guest that has more in flight than its queue holds reuses descriptors: it waits for itself.
-        if (waits || mine.is_worth_the_pool(more, others > 1)) && others <= u32::from(size) {
+        if (waits || mine.is_worth_the_pool(length, more, others > 1)) && others <= u32::from(size) {
             errand = match pool.give(errand) {
                 Ok(()) => return,
                 Err(errand) => errand,
@@ -235,7 +242,7 @@ impl Service {
         let through = config::writes_through(self.acknowledged.load(Relaxed), self.writeback.load(Relaxed));
         let status = perform(&self.disk, &request, &memory, through);
         if is_typical {
-            self.lanes[lane].learn(since.elapsed(), request.input.length() + request.output.length());
+            self.lanes[lane].learn(since.elapsed(), request.length());
         }
         self.answer(lane, &vring, head, request.answer(&memory, status.byte()), tell);
     }

@@ -184,6 +184,11 @@ impl Request {
         Ok(Self { operation: Operation::of(kind), sector, input, output, status })
     }
 
+    /// Bytes that it moves, at most.
+    pub fn length(&self) -> u64 {
+        self.input.length() + self.output.length()
+    }
+
     /// Tells the guest how it went, and returns how many bytes it was given in all, counted from the first.
     pub fn answer(&self, memory: &Memory, status: u8) -> u32 {
         // Its memory was there when the request was looked at; if it has gone meanwhile, nobody waits for the answer.
