@@ -5,6 +5,7 @@ use crate::error::{Error, Kind, Result, Side};
 use crate::ground::policy::{Action, OnError};
 use crate::ground::range::{Allocation, ByteRange, Extent};
 use crate::ground::zero;
+use crate::hold::{self, Place};
 use crate::image::Image;
 use crate::job::{Gate, Job};
 use crate::monitor::{Event, Monitor, Warning};
@@ -377,6 +378,7 @@ impl<'a> Copier<'a> {
             }
         }
         claim.source_read();
+        hold::at(Place::Copying);
         self.hash(range, |sums| sums.add(range.offset, bytes))?;
         let (mut data, mut zero) = (0, 0);
         let block = self.rules.hole.unwrap_or(range.length) as usize;

@@ -37,6 +37,8 @@ pub struct Job {
     errors: AtomicU64,
 }
 
+type Undo = Box<dyn FnOnce() -> bool + Send>;
+
 struct Control {
     phase: Phase,
     cancelled: bool,
@@ -46,7 +48,7 @@ struct Control {
     rate: Option<u64>,
     throttle: Throttle,
     gauges: Option<Arc<dyn Gauges>>,
-    abandon: Vec<Box<dyn FnOnce() + Send>>,
+    abandon: Vec<Undo>,
     completion: Completion,
     /// Others of its transaction have to be complete first.
     held: bool,
@@ -364,6 +366,14 @@ impl Job {
 
     /// What has to be undone when nobody can wait for the job: it may hang in an I/O call for ever.
     pub fn on_abandon(&self, undo: impl FnOnce() + Send + 'static) {
+        self.on_abandon_in_time(move || {
+            undo();
+            true
+        });
+    }
+
+    /// [`Job::on_abandon`] of what can't be undone any more at some point: `undo` gives false when it was too late.
+    pub fn on_abandon_in_time(&self, undo: impl FnOnce() -> bool + Send + 'static) {
         self.control().abandon.push(Box::new(undo));
     }
 
@@ -376,9 +386,13 @@ impl Job {
         drop((undo, gauges));
     }
 
-    /// Undoes, the newest first, once. May block as long as the undoings do.
-    pub fn abandon(&self) {
+    /// Undoes, the newest first, once; false when it was too late for some of it. May block as long as the undoings do.
+    pub fn abandon(&self) -> bool {
         let undo = std::mem::take(&mut self.control().abandon);
-        undo.into_iter().rev().for_each(|undo| undo());
+        let mut in_time = true;
+        for undo in undo.into_iter().rev() {
+            in_time &= undo();
+        }
+        in_time
     }
 }

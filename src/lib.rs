@@ -28,6 +28,7 @@ pub mod copier;
 pub mod digest;
 pub mod error;
 pub mod ground;
+mod hold;
 #[cfg(feature = "engine")]
 pub mod hook;
 #[cfg(feature = "engine")]

@@ -13,6 +13,7 @@ mod attributes;
 mod partial;
 
 use crate::error::{Error, Kind, Result, Side};
+use crate::hold::{self, Place as At};
 use crate::image::lock::{self, Mark};
 use crate::image::medium::Identity;
 use partial::Partial;
@@ -201,6 +202,7 @@ impl Publish {
         if !is_exchanged {
             self.put()?;
         }
+        hold::at(At::Renamed);
         if let Err(e) = self.steps.flush_folder(folder) {
             return Err(self.take_back(is_exchanged, e));
         }
@@ -300,6 +302,13 @@ impl Remover {
             Ok(()) | Err(Errno::NOENT) => Ok(true),
             Err(errno) => Err(errno.into()),
         }
+    }
+}
+
+impl Remover {
+    /// The partial file is gone, and the target's name has what it had before.
+    pub fn is_removed(&self) -> bool {
+        self.place.phase.load(Ordering::Acquire) == REMOVED
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[(&str, u8)] = &[
     ("ground", 0),
     ("sync", 0),
+    ("hold", 0),
     ("ring::layout", 0),
     ("ring::packet", 1),
     ("ring::stall", 0),

@@ -379,7 +379,7 @@ impl Destination {
         job.on_abandon(move || image.abandon());
         for publish in [&self.publish, &self.manifest].into_iter().flatten() {
             let remover = publish.remover();
-            job.on_abandon(move || drop(remover.remove()));
+            job.on_abandon_in_time(move || remover.remove().is_ok_and(|_| remover.is_removed()));
         }
     }
 

@@ -8,6 +8,7 @@ use super::origin::Origin;
 use super::reach;
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::cluster::ClusterSize;
+use crate::hold::{self, Place};
 use crate::image::Image;
 use crate::image::clone;
 use crate::image::format::Format;
@@ -98,6 +99,7 @@ impl Moment {
         let with_writers: Vec<&Writers> = gathered.iter().filter_map(|disk| disk.writers.as_ref()).collect();
         let freezing = Clock::now();
         let mut frozen = Writers::freeze_all(&with_writers)?.into_iter();
+        hold::at(Place::Frozen);
         for Ready { options, job, .. } in disks {
             if let Some(hook) = &options.hook_frozen {
                 hook.run(options.freeze_timeout.saturating_sub(freezing.elapsed()), || job.is_cancelled())?;

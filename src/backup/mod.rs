@@ -23,6 +23,7 @@ pub use rehearsal::rehearse_all;
 use crate::copier::{Copier, Ends, Hashing, Losses, Rules};
 use crate::error::{Error, Kind, Result};
 use crate::ground::status::Phase;
+use crate::hold::{self, Place};
 use crate::job::{Gate, Job};
 use crate::manifest::Contents;
 use crate::monitor::{Event, Monitor, Started};
@@ -94,6 +95,7 @@ fn start<'a>(disks: &[Disk<'a>]) -> Result<Vec<(Ready<'a>, Moment)>, Box<Refusal
     for (place, &disk) in disks.iter().enumerate() {
         ready.push(open(disk).map_err(|error| Refusal { culprit: Some(place), error })?);
     }
+    hold::at(Place::Opened);
     let programs = ready.iter().any(reach::runs_programs);
     disks.iter().for_each(|disk| disk.monitor.event(Event::Opened { programs }));
     let moments = Moment::take_all(&ready).map_err(|error| Refusal { culprit: None, error })?;
@@ -157,8 +159,10 @@ fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary,
         return Err(failure(destination.give_up(Error::new(Kind::Cancelled, "cancelled"), false)));
     }
     job.enter(Phase::Publish);
+    hold::at(Place::Publishing);
     let (written, durable) = (destination.written(), destination.is_durable(options));
     let warnings = destination.publish(options.fsync).map_err(failure)?;
+    hold::at(Place::Published);
     warnings.iter().for_each(|warning| monitor.event(Event::Warning(warning)));
     let now = job.snapshot();
     let Copied { losses, consistent, whole } = copied;
@@ -217,6 +221,7 @@ fn proven_copy(
     let consistent = moment.check(origin)?;
     taken.consistent = consistent;
     job.enter(Phase::Flush);
+    hold::at(Place::Flushing);
     let proven = proof.complete(disk, destination, &losses)?;
     if job.is_cancelled() {
         return Err(Error::new(Kind::Cancelled, "cancelled"));

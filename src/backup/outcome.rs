@@ -48,6 +48,8 @@ pub enum TargetState {
     KeptBad,
     /// A whole copy: what failed came after it.
     Complete,
+    /// What was there before or the whole copy: nobody could wait for the end of its publishing.
+    OldOrComplete,
 }
 
 impl TargetState {
@@ -59,6 +61,7 @@ impl TargetState {
             Self::Incomplete => "incomplete",
             Self::KeptBad => "kept_bad",
             Self::Complete => "complete",
+            Self::OldOrComplete => "old_or_complete",
         }
     }
 }

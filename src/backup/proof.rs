@@ -11,6 +11,7 @@ use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::ByteRange;
 use crate::ground::size::Bytes;
 use crate::ground::status::Phase;
+use crate::hold::{self, Place};
 use crate::job::Gate;
 use crate::manifest::{Contents, End, Manifest, PathName, Story, Taken, rfc3339};
 use crate::monitor::Instant;
@@ -123,6 +124,7 @@ fn compare(disk: Disk<'_>, summed: &Summed, losses: &Losses) -> Result<()> {
 fn read_back(disk: Disk<'_>, destination: &Destination, expected: Arc<Digest>, losses: &Losses) -> Result<()> {
     let Disk { options, job, monitor } = disk;
     job.enter(Phase::Verify);
+    hold::at(Place::Verifying);
     let what = format!("target '{}' read back differs from what was written to it", destination.name().display());
     let length = expected.length();
     let image = destination.read_back(disk).map_err(|error| match error.kind() {

@@ -100,17 +100,23 @@ struct Watched {
     code: Option<u8>,
 }
 
+/// How far an undoing came.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Undone {
+    All,
+    /// It came when the copy was being published.
+    TooLate,
+    /// It hangs.
+    NotInTime,
+}
+
 /// How a disk ended.
 enum Outcome {
     Complete(Summary),
     Failed(Failure),
     /// The engine did not come back after a cancel.
-    Abandoned {
-        undone: bool,
-    },
-    Panicked {
-        undone: bool,
-    },
+    Abandoned(Undone),
+    Panicked(Undone),
 }
 
 impl Session {
@@ -252,7 +258,7 @@ impl Session {
                 Ok(Wake::Ended(place, result)) => {
                     self.end_disk(place, result.map_or_else(Outcome::Failed, Outcome::Complete));
                 }
-                Ok(Wake::Left) => self.give_up(|undone| Outcome::Panicked { undone }),
+                Ok(Wake::Left) => self.give_up(Outcome::Panicked),
                 Ok(Wake::Served) => self.unserved -= 1,
                 Ok(Wake::Signal(signal)) => match self.cancelled {
                     None => self.cancel(Cause::Signal(signal)),
@@ -273,16 +279,20 @@ impl Session {
 
     fn abandon(&mut self) {
         self.abandoned = true;
-        self.give_up(|undone| Outcome::Abandoned { undone });
+        self.give_up(Outcome::Abandoned);
     }
 
     /// Undoes what the engine can't, for every disk that has not ended.
-    fn give_up(&mut self, outcome: impl Fn(bool) -> Outcome) {
+    fn give_up(&mut self, outcome: impl Fn(Undone) -> Outcome) {
         let open = self.disks.iter().enumerate().filter(|(_, disk)| disk.code.is_none());
-        let undoing: Vec<(usize, Receiver<()>)> = open.map(|(place, disk)| (place, disk.undo())).collect();
+        let undoing: Vec<(usize, Receiver<bool>)> = open.map(|(place, disk)| (place, disk.undo())).collect();
         let bound = Instant::now() + UNDO_BOUND;
         for (place, undone) in undoing {
-            let undone = undone.recv_timeout(bound.saturating_duration_since(Instant::now())).is_ok();
+            let undone = match undone.recv_timeout(bound.saturating_duration_since(Instant::now())) {
+                Ok(true) => Undone::All,
+                Ok(false) => Undone::TooLate,
+                Err(_) => Undone::NotInTime,
+            };
             self.end_disk(place, outcome(undone));
         }
     }
@@ -352,13 +362,13 @@ impl Watched {
         Ok(Self { job, watch, target, ends, signs, view, began: Instant::now(), status_wanted, code: None })
     }
 
-    /// Undoes what the engine can't: releases writers, unlinks the partial target. Tells when that is done.
-    fn undo(&self) -> Receiver<()> {
+    /// Undoes what the engine can't: releases writers, unlinks the partial target. Tells when that is done, and whether it
+    /// came in time.
+    fn undo(&self) -> Receiver<bool> {
         let (done, undone) = channel();
         let job = Arc::clone(&self.job);
         let undo = move || {
-            job.abandon();
-            let _ = done.send(());
+            let _ = done.send(job.abandon());
         };
         // Without a thread the other end is gone, and nothing was undone.
         let _ = thread::Builder::new().name("undo".to_owned()).spawn(undo);
@@ -370,13 +380,13 @@ impl Watched {
         let (code, last) = match outcome {
             Outcome::Complete(summary) => self.complete(&summary),
             Outcome::Failed(Failure { error, target }) => self.failed(&error, target, true, cause),
-            Outcome::Abandoned { undone } => {
+            Outcome::Abandoned(undone) => {
                 let error = Error::new(Kind::Cancelled, "the job hangs and was abandoned");
-                self.failed(&error, self.state_after(undone), undone, cause)
+                self.failed(&error, self.state_after(undone), undone != Undone::NotInTime, cause)
             }
-            Outcome::Panicked { undone } => {
+            Outcome::Panicked(undone) => {
                 let error = Error::new(Kind::Other, "internal error");
-                self.failed(&error, self.state_after(undone), undone, cause)
+                self.failed(&error, self.state_after(undone), undone != Undone::NotInTime, cause)
             }
         };
         if let Some((signs, place)) = &self.signs {
@@ -478,11 +488,12 @@ impl Watched {
     }
 
     /// What the target is when the engine can't say it.
-    fn state_after(&self, undone: bool) -> TargetState {
+    fn state_after(&self, undone: Undone) -> TargetState {
         match self.watch.started.get().map(|started| started.target_kind) {
-            None if undone => TargetState::Untouched,
+            None if undone == Undone::All => TargetState::Untouched,
             Some(TargetKind::Nowhere) => TargetState::Untouched,
-            Some(TargetKind::File) if undone => TargetState::Removed,
+            Some(TargetKind::File) if undone == Undone::All => TargetState::Removed,
+            Some(TargetKind::File) if undone == Undone::TooLate => TargetState::OldOrComplete,
             _ => TargetState::Incomplete,
         }
     }

@@ -120,7 +120,9 @@ impl Jobs {
     /// Undoes what jobs that hang leave behind.
     pub fn abandon_all(&self) {
         let all: Vec<Arc<Entry>> = self.list().clone();
-        all.iter().filter(|entry| !entry.state().concluded).for_each(|entry| entry.new.job.abandon());
+        for entry in all.iter().filter(|entry| !entry.state().concluded) {
+            entry.new.job.abandon();
+        }
     }
 
     /// Is any not over?

@@ -9,6 +9,7 @@
 
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::{ByteRange, Extent};
+use crate::hold::{self, Place};
 use crate::image::format::{Foreign, Format};
 use crate::image::identity;
 use crate::image::lock::{self, ImageLock, Protection, Terms};
@@ -261,6 +262,7 @@ impl Disk {
         let range = self.checked(offset, buf.len(), Errno::NOSPC)?;
         let Some(_bracket) = self.change(range)? else { return Ok(()) };
         let _turn = self.refuse_header(buf, offset)?;
+        hold::at(Place::Writing);
         self.image.write_at(buf, offset)
     }
 

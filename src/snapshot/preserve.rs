@@ -3,6 +3,7 @@
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::ByteRange;
 use crate::ground::zero::is_zero;
+use crate::hold::{self, Place};
 use crate::image::Image;
 use crate::snapshot::overlay::Overlay;
 use crate::snapshot::tracker::{Granted, Tracker};
@@ -60,6 +61,7 @@ impl Preserver {
     }
 
     fn capture(&self, run: ByteRange, bytes: &mut [u8]) -> Result<()> {
+        hold::at(Place::Capturing);
         self.note_allocation(run);
         self.source.read_at(bytes, run.offset).map_err(|error| Error::io(Side::Source, "read", run, error))?;
         if is_zero(bytes) { self.overlay.save_zeroes(run) } else { self.overlay.save(bytes, run.offset) }

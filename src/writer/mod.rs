@@ -32,6 +32,7 @@ mod session;
 
 use crate::error::{Error, Kind, Result};
 use crate::ground::range::ByteRange;
+use crate::hold;
 use crate::ring::folder::{self, Announced, Disk, Entry, Folder};
 use crate::ring::gate::{Gate, Passage};
 use crate::ring::layout::Breach;
@@ -282,6 +283,7 @@ impl Shared {
         let session = session.clone();
         drop(control);
         let since = Instant::now();
+        hold::at(hold::Place::Asking);
         let asked = session.ask(range, first);
         session.ring.count_stall(since.elapsed());
         match asked {

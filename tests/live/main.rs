@@ -10,6 +10,8 @@ mod death;
 mod instant;
 mod kit;
 mod overlay;
+#[cfg(debug_assertions)]
+mod phases;
 mod qcow2;
 mod several;
 mod starts;

@@ -200,6 +200,7 @@ impl BadEnd<'_> {
         match self.state {
             TargetState::Incomplete => format!("{message}; {target} is INCOMPLETE, do not use it"),
             TargetState::Complete => format!("{message}; {target} is complete"),
+            TargetState::OldOrComplete => format!("{message}; {target} is what it was before or the complete copy"),
             TargetState::Removed if self.begun => format!("{message}; the partial copy was removed"),
             _ => (*message).to_owned(),
         }

@@ -11,6 +11,7 @@ use crate::cli::signals::{self, Request};
 use crate::cli::systemd;
 use crate::cli::{Ending, exit};
 use crate::error::{Error, Kind, Result, Side};
+use crate::hold::{self, Place};
 use crate::job::Job;
 use crate::qmp::{Node, Server, Setup, valid_id};
 use crate::ring::folder;
@@ -150,6 +151,7 @@ impl Session {
         let quit = move || drop(quitting.send(Wake::Signal(signal_hook::consts::SIGTERM)));
         let notify: Notify = Arc::new(move |notice| drop(told.send(Wake::Notice(notice))));
         self.work("open", move || {
+            hold::at(Place::Opening);
             let opened =
                 catch_unwind(AssertUnwindSafe(|| open(&plan, &notify, quit))).unwrap_or_else(|_| Err(internal()));
             let _ = wake.send(opened.map_or_else(Wake::Refused, |served| Wake::Ready(Box::new(served))));
@@ -160,6 +162,7 @@ impl Session {
         systemd::tell(systemd::STOPPING);
         let wake = self.wake.clone();
         let work = move || {
+            hold::at(Place::Stopping);
             let stop = || served.map_or(Ok(true), |served| served.stop(Instant::now() + DRAIN));
             let stopped = catch_unwind(AssertUnwindSafe(stop)).unwrap_or_else(|_| Err(internal()));
             let _ = wake.send(Wake::Stopped(stopped));

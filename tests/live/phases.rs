@@ -1,0 +1,369 @@
+//! Signals and death at named places of a backup and of a writer, which are held there: see `DRIVE_BACKUP_HOLD` in
+//! `src/hold.rs`. Whatever comes, the writer goes on, the target is the old one or a whole copy, and the last record says which.
+//! `DRIVE_BACKUP_SWEEP=all` tries every signal at every place.
+
+use crate::kit::HANGS;
+use crate::support::{self, BINARY, Running, text, wait_for};
+use crate::trail::{self, Typist};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::mpsc::{Receiver, channel};
+
+/// Where a backup is held, in the order in which it comes there.
+const PLACES: [&str; 9] =
+    ["Opened", "Frozen", "Copying", "Capturing", "Flushing", "Verifying", "Publishing", "Renamed", "Published"];
+const OLD: &[u8] = b"what was there before";
+const PARTIAL: &str = ".copy.drive-backup-partial";
+
+/// A socket at which a process is held.
+struct Hold {
+    listener: UnixListener,
+    variable: String,
+}
+
+impl Hold {
+    fn at(place: &str, folder: &Path) -> Self {
+        let path = folder.join("hold");
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let variable = format!("{place}:{}", text(&path));
+        Self { listener, variable }
+    }
+
+    /// Waits until `held` has come there. It goes on when the socket is dropped.
+    #[track_caller]
+    fn reached(&self, held: &mut Running) -> UnixStream {
+        let has_ended = |held: &mut Running| {
+            if held.has_ended() {
+                let stderr = held.child().stderr.take().map(|stderr| std::io::read_to_string(stderr).unwrap());
+                panic!("it never came to {}: {stderr:?}", self.variable);
+            }
+        };
+        let (mut socket, _) = wait_for("the process", || {
+            has_ended(held);
+            self.listener.accept().ok()
+        });
+        socket.set_nonblocking(true).unwrap();
+        wait_for("the place", || {
+            has_ended(held);
+            socket.read_exact(&mut [0]).ok()
+        });
+        socket
+    }
+}
+
+struct Scene {
+    folder: tempfile::TempDir,
+    typist: Typist,
+}
+
+/// A backup that is held at a place.
+struct Held {
+    running: Running,
+    hold: Option<UnixStream>,
+    lines: Receiver<String>,
+    records: Vec<Value>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let folder = crate::kit::memory_folder();
+        let path = |name: &str| folder.path().join(name);
+        trail::create(&path("disk"));
+        std::fs::create_dir(path("out")).unwrap();
+        std::fs::write(path("out").join("copy"), OLD).unwrap();
+        let typist = Typist::start(&path("disk"), &path("meet"));
+        Self { folder, typist }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, bound: &str) -> Command {
+        let (disk, copy, meet) = (self.path("disk"), self.path("out/copy"), self.path("meet"));
+        // A shell's background job ignores SIGINT, and so would this.
+        let mut command = Command::new("env");
+        command.args(["--default-signal", BINARY, "--device", text(&disk), "--target", text(&copy), "--json"]);
+        let mut command = support::piped(command);
+        command.args(["--writer-dir", text(&meet), "--overlay", "memory", "--snapshot", "overlay", "--workers", "1"]);
+        command.args(["--cbw-timeout", bound, "--freeze-timeout", bound, "--progress-interval", "0.1"]);
+        command
+    }
+
+    /// A backup that has come to `place`; its writers wait `bound` seconds for it.
+    #[track_caller]
+    fn held(&self, place: &str, bound: &str) -> Held {
+        let hold = Hold::at(place, self.folder.path());
+        let mut command = self.command(bound);
+        match place {
+            // Writes must come before the copier does.
+            "Capturing" => _ = command.args(["--speed", "1M"]),
+            "Verifying" => _ = command.arg("--verify"),
+            _ => {}
+        }
+        let mut running = Running::start(command.env("DRIVE_BACKUP_HOLD", &hold.variable));
+        let lines = lines_of(&mut running);
+        let hold = Some(hold.reached(&mut running));
+        Held { running, hold, lines, records: Vec::new() }
+    }
+
+    fn target(&self) -> Vec<u8> {
+        std::fs::read(self.path("out/copy")).expect("there is always something under the target's name")
+    }
+
+    /// The target is the old one, or else a whole copy: true.
+    #[track_caller]
+    fn is_new(&self) -> bool {
+        let target = self.target();
+        target != OLD && trail::check(&target) > 0
+    }
+
+    /// The writer is well, and nothing stands in the next backup's way, or stays after it.
+    #[track_caller]
+    fn all_goes_on(&self, what: &str) {
+        self.typist.goes_on(2 * trail::BLOCKS);
+        assert_eq!(self.typist.failures(), [0; 0], "{what}: a write failed");
+        Running::start(&mut self.command("60")).ended().succeeds();
+        assert!(self.is_new(), "{what}");
+        assert_eq!(support::names(&self.path("out")), ["copy"], "{what}: not swept");
+    }
+}
+
+fn lines_of(running: &mut Running) -> Receiver<String> {
+    let stdout = BufReader::new(running.child().stdout.take().unwrap());
+    let (send, lines) = channel();
+    // It ends with the child.
+    std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
+    lines
+}
+
+fn record(line: &str) -> Value {
+    serde_json::from_str(line).unwrap()
+}
+
+impl Held {
+    /// Waits until it knows of its end. Where another thread than the copier's is held, it ends by itself then.
+    #[track_caller]
+    fn is_cancelled(&mut self) {
+        loop {
+            let line = self.lines.recv_timeout(HANGS);
+            let line = line.unwrap_or_else(|_| panic!("it does not hear of its end: {:?}", self.records));
+            self.records.push(record(&line));
+            let last = self.records.last().unwrap();
+            if last["phase"] == "cancel" || last["message_type"] == "exit_error" {
+                return;
+            }
+        }
+    }
+
+    /// Waits for its end; the exit code, and the last record, the only one of its kind.
+    #[track_caller]
+    fn end(self) -> (i32, Option<Value>) {
+        let Self { running, hold, lines, mut records } = self;
+        let code = running.ended().code;
+        drop(hold);
+        records.extend(lines.iter().map(|line| record(&line)));
+        let is_last = |record: &&Value| record["message_type"] == "summary" || record["message_type"] == "exit_error";
+        assert!(records.iter().filter(is_last).count() <= 1, "{records:?}");
+        (code, records.last().filter(is_last).cloned())
+    }
+
+    /// [`Held::end`] of one that is let go.
+    #[track_caller]
+    fn let_go(self) -> (i32, Option<Value>) {
+        let Self { running, hold, lines, records } = self;
+        drop(hold);
+        Self { running, hold: None, lines, records }.end()
+    }
+}
+
+fn is_wide() -> bool {
+    std::env::var("DRIVE_BACKUP_SWEEP").is_ok_and(|width| width == "all")
+}
+
+/// All places, or `few` of them, the most telling ones.
+fn places(few: &[&'static str]) -> Vec<&'static str> {
+    if is_wide() { PLACES.to_vec() } else { few.to_vec() }
+}
+
+/// Every pair, or for each place the signal whose turn it is.
+fn signals() -> Vec<(&'static str, Signal)> {
+    const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+    let pairs = PLACES.iter().enumerate();
+    pairs
+        .flat_map(|(place, &name)| SIGNALS.iter().enumerate().map(move |(turn, &signal)| (place, turn, name, signal)))
+        .filter(|(place, turn, ..)| is_wide() || place % 3 == *turn)
+        .map(|(.., name, signal)| (name, signal))
+        .collect()
+}
+
+/// What the last record says of the target when a run is interrupted there and never comes back.
+fn state_at(place: &str) -> &'static str {
+    match place {
+        "Opened" | "Frozen" => "untouched",
+        "Renamed" | "Published" => "old_or_complete",
+        _ => "removed",
+    }
+}
+
+#[test]
+fn a_signal_at_any_place_ends_a_backup_that_hangs_and_says_what_the_target_is() {
+    for (place, signal) in signals() {
+        let (what, scene) = (format!("{signal} at {place}"), Scene::new());
+        let mut held = scene.held(place, "60");
+        held.running.signal(signal);
+        held.is_cancelled();
+        // At once: the first one would give it some time.
+        held.running.signal(Signal::SIGINT);
+        let (code, last) = held.end();
+        let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
+        assert_eq!(code, 128 + signal as i32, "{what}: {last}");
+        assert_eq!((&last["exit_code"], &last["reason"]), (&code.into(), &"signal".into()), "{what}: {last}");
+        assert_eq!(last["target_state"], state_at(place), "{what}: {last}");
+        assert_eq!(scene.is_new(), state_at(place) == "old_or_complete", "{what}: {last}");
+        // What the name had before stays beside it until the folder was flushed.
+        let left: &[&str] = if place == "Renamed" { &[PARTIAL, "copy"] } else { &["copy"] };
+        assert_eq!(support::names(&scene.path("out")), left, "{what}");
+        scene.all_goes_on(&what);
+    }
+}
+
+#[test]
+fn a_signal_at_any_place_ends_a_backup_in_order() {
+    let few = places(&["Frozen", "Capturing", "Flushing", "Publishing"]);
+    for (place, signal) in signals().into_iter().filter(|(place, _)| few.contains(place)) {
+        let (what, scene) = (format!("{signal} at {place}, let go"), Scene::new());
+        let mut held = scene.held(place, "60");
+        held.running.signal(signal);
+        held.is_cancelled();
+        let (code, last) = held.let_go();
+        let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
+        assert_eq!(last["exit_code"], code, "{what}: {last}");
+        match last["target_state"].as_str() {
+            // It was too late to cancel it.
+            None => assert!(code == 0 && scene.is_new(), "{what}: {last}"),
+            // It was given up before it came back.
+            Some("old_or_complete") => assert_eq!(code, 128 + signal as i32, "{what}: {last}"),
+            Some(_) => assert!(code == 128 + signal as i32 && !scene.is_new(), "{what}: {last}"),
+        }
+        let may_be_new = ["Publishing", "Renamed", "Published"].contains(&place);
+        assert!(code != 0 || may_be_new, "{what}: {last}");
+        scene.all_goes_on(&what);
+    }
+}
+
+#[test]
+fn killed_at_any_place_a_backup_leaves_the_old_target_or_the_whole_copy() {
+    for place in places(&["Frozen", "Capturing", "Publishing", "Renamed"]) {
+        let scene = Scene::new();
+        let held = scene.held(place, "60");
+        held.running.signal(Signal::SIGKILL);
+        let (code, last) = held.end();
+        assert_eq!((code, last), (137, None), "{place}");
+        assert_eq!(scene.is_new(), ["Renamed", "Published"].contains(&place), "{place}");
+        scene.all_goes_on(place);
+    }
+}
+
+#[test]
+fn stopped_at_any_place_a_backup_holds_nobody_and_never_publishes_what_it_missed() {
+    for place in places(&["Frozen", "Capturing", "Publishing"]) {
+        let scene = Scene::new();
+        let held = scene.held(place, "0.2");
+        held.running.signal(Signal::SIGSTOP);
+        scene.typist.goes_on(2 * trail::BLOCKS);
+        assert_eq!(scene.typist.failures(), [0; 0], "{place}");
+        held.running.signal(Signal::SIGCONT);
+        let (code, last) = held.let_go();
+        let last = last.unwrap_or_else(|| panic!("{place}: no last record"));
+        assert_eq!(last["exit_code"], code, "{place}: {last}");
+        assert!([0, 6].contains(&code), "{place}: {last}");
+        assert_eq!(scene.is_new(), code == 0, "{place}: {last}");
+        if ["Frozen", "Capturing"].contains(&place) {
+            assert_eq!((code, &last["reason"]), (6, &"instant_lost".into()), "{place}: {last}");
+        }
+        scene.all_goes_on(place);
+    }
+}
+
+/// The process of `death.rs` that writes for ever, held before a write asks.
+fn asking_writer(folder: &Path, hold: &Hold) -> Running {
+    let mut writer = Command::new(std::env::current_exe().unwrap());
+    writer.args(["--exact", "death::another_process_writes"]).env("DRIVE_BACKUP_TEST_ROLE", "writer");
+    writer.env("DRIVE_BACKUP_HOLD", &hold.variable).current_dir(folder);
+    Running::start(writer.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()))
+}
+
+#[test]
+fn a_writer_that_dies_or_stops_before_it_asks_costs_nothing() {
+    for fate in [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGSTOP] {
+        let folder = crate::kit::memory_folder();
+        let path = |name: &str| folder.path().join(name);
+        trail::create(&path("disk"));
+        let hold = Hold::at("Asking", folder.path());
+        let mut writer = asking_writer(folder.path(), &hold);
+        wait_for("the first writes", || std::fs::metadata(path("progress")).ok().filter(|found| found.len() > 0));
+        let (disk, copy, meet) = (path("disk"), path("copy"), path("meet"));
+        let mut backup = support::command(&["--device", text(&disk), "--target", text(&copy), "--no-fsync"]);
+        backup.args(["--writer-dir", text(&meet), "--overlay", "memory", "--snapshot", "overlay", "--speed", "512K"]);
+        let backup = Running::start(backup.args(["--cbw-timeout", "60", "--freeze-timeout", "60"]));
+        let held = hold.reached(&mut writer);
+        writer.signal(fate);
+        backup.ended().succeeds();
+        trail::check(&std::fs::read(&copy).unwrap());
+        drop(held);
+        if fate == Signal::SIGSTOP {
+            let written = std::fs::read(path("progress")).unwrap();
+            writer.signal(Signal::SIGCONT);
+            wait_for("the writer", || (std::fs::read(path("progress")).unwrap() != written).then_some(()));
+        }
+    }
+}
+
+/// A server of NBD in front of a file: the daemon of a target.
+fn nbd_target(folder: &Path) -> (Running, String) {
+    let (behind, socket) = (folder.join("behind"), folder.join("nbd"));
+    support::sparse_file(&behind, trail::BLOCKS * trail::BLOCK);
+    let mut daemon = Command::new("qemu-nbd");
+    let mut daemon = Running::start(daemon.args(["-t", "-f", "raw", "-k", text(&socket), text(&behind)]));
+    wait_for("the server's socket", || {
+        assert!(!daemon.has_ended());
+        socket.exists().then_some(())
+    });
+    (daemon, format!("nbd+unix:///?socket={}", text(&socket)))
+}
+
+#[test]
+fn a_target_whose_daemon_dies_at_any_place_is_incomplete_and_its_writer_goes_on() {
+    for place in ["Copying", "Flushing", "Verifying"] {
+        let scene = Scene::new();
+        let (daemon, uri) = nbd_target(scene.folder.path());
+        let hold = Hold::at(place, scene.folder.path());
+        let (disk, meet) = (scene.path("disk"), scene.path("meet"));
+        let mut command =
+            support::command(&["--device", text(&disk), "--target", &uri, "--json", "--mode", "existing"]);
+        command.args(["--writer-dir", text(&meet), "--overlay", "memory", "--reconnect-delay", "0.1", "--verify"]);
+        command.args(["--cbw-timeout", "60", "--freeze-timeout", "60", "--format", "raw"]);
+        let mut running = Running::start(command.env("DRIVE_BACKUP_HOLD", &hold.variable));
+        let lines = lines_of(&mut running);
+        let hold = Some(hold.reached(&mut running));
+        daemon.signal(Signal::SIGKILL);
+        drop(daemon);
+        let (code, last) = Held { running, hold, lines, records: Vec::new() }.let_go();
+        let last = last.unwrap_or_else(|| panic!("{place}: no last record"));
+        assert_eq!(
+            (&last["exit_code"], &last["target_state"]),
+            (&code.into(), &"incomplete".into()),
+            "{place}: {last}"
+        );
+        assert!(code == 5 || code == 7 && place == "Verifying", "{place}: {last}");
+        scene.typist.goes_on(2 * trail::BLOCKS);
+        assert_eq!(scene.typist.failures(), [0; 0], "{place}");
+    }
+}
