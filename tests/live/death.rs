@@ -205,7 +205,9 @@ fn a_backup_that_is_stopped_past_its_bound_fails_when_it_wakes() {
     // Its reader must not be gone.
     let reader = std::thread::spawn(move || records.lines().map(Result::unwrap).last());
     let ended = backup.ended();
-    ended.fails(6, "went on without us");
+    // Whichever it looks at first when it wakes: the writer's mark, or a capture that it was in the middle of.
+    let told = ["went on without us", "took longer than 0.2 s"].iter().any(|why| ended.stderr.contains(why));
+    assert!(ended.code == 6 && told, "{ended:?}");
     assert!(reader.join().unwrap().unwrap().contains(r#""reason":"instant_lost""#));
     assert_eq!(support::names(scene.folder.path()), ["disk", "meet", "progress"]);
     scene.goes_on(100, SLACK);
