@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use support::*;
 
 const SIZE: u64 = 24 << 20;
