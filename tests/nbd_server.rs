@@ -42,7 +42,7 @@ impl Served {
         all.extend(["--writer-dir", text(&writers)]);
         all.extend(arguments);
         let server = Running::start(&mut command(&all));
-        wait_for("the socket", || socket.exists().then_some(()));
+        wait_for("the server", || UnixStream::connect(&socket).ok());
         Self { folder, server }
     }
 
@@ -209,7 +209,7 @@ fn every_disk_has_its_name_and_no_other_is_there() {
     let (address, second) = (format!("unix:{}", text(&socket)), format!("2nd={}", text(&two)));
     let arguments = ["serve", "--device", text(&one), "--device", &second, "--read-only", "--nbd", &address];
     let _server = Running::start(&mut command(&[&arguments[..], &["--writer-dir", text(&writers)]].concat()));
-    wait_for("the socket", || socket.exists().then_some(()));
+    wait_for("the server", || UnixStream::connect(&socket).ok());
     let uri = |name: &str| format!("nbd+unix:///{name}?socket={}", text(&socket));
     let list = run("nbdinfo", &["--list", "--json", &uri("")]);
     for name in ["\"one\"", "\"2nd\""] {

@@ -184,7 +184,7 @@ const PROMPT: &[u8] = b"qemu-io> ";
 impl Guest {
     /// Connects to this disk.
     pub fn of(bench: &Bench, device: &str) -> Self {
-        wait_for("the NBD socket", || bench.path("nbd").exists().then_some(()));
+        wait_for("the NBD server", || UnixStream::connect(bench.path("nbd")).ok());
         let uri = format!("nbd+unix:///{device}?socket={}", text(&bench.path("nbd")));
         let mut qemu_io = Command::new("qemu-io");
         qemu_io.args(["-f", "raw", &uri]).stdin(Stdio::piped()).stdout(Stdio::piped());

@@ -3,6 +3,7 @@
 use super::config::{self, QUEUE_SIZE, WRITEBACK};
 use super::pool::Pool;
 use super::queue::{Errand, Service};
+use super::request::Memory;
 use super::vring::{SharedMemory, Vring};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -10,6 +11,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
@@ -30,6 +32,13 @@ impl Device {
         let pool = Pool::new(move |errand| theirs.errand(errand));
         Self { service, pool, memory, queues, exits: Mutex::default() }
     }
+}
+
+fn is_in_its_file(region: &GuestRegionMmap) -> bool {
+    region.file_offset().is_none_or(|place| {
+        let length = place.file().metadata().map_or(0, |found| found.len());
+        place.start().checked_add(region.len()).is_some_and(|end| end <= length)
+    })
 }
 
 impl Drop for Device {
@@ -88,9 +97,14 @@ impl VhostUserBackend for Device {
         }
     }
 
-    /// The one that we hold is changed.
+    /// The one that we hold is changed. Memory past the end of its file is refused: a touch of it would kill us.
     fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
-        Ok(())
+        if self.memory.memory().iter().all(is_in_its_file) {
+            return Ok(());
+        }
+        // Nobody holds this lock for more than such a change.
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(Memory::new());
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "memory past the end of its file"))
     }
 
     /// A thread for each queue.

@@ -7,8 +7,9 @@
 //! ```
 //!
 //! One frontend at a time; another one is refused (see `door`). Requests that are in flight when it goes end before the next
-//! one is served. Its memory must be shared, and must stay as long as it is: a frontend that truncates it kills us (SIGBUS), as
-//! it would kill whoever serves it. It runs as a user who may connect to the socket.
+//! one is served. Its memory must be shared, and must stay as long as it is: a frontend that truncates it, or whose running queue
+//! finds itself past the end of its file, kills us (SIGBUS), as it would kill whoever serves it. Before a queue runs such memory is
+//! refused. It runs as a user who may connect to the socket.
 
 mod config;
 mod device;
