@@ -31,7 +31,7 @@ fn libraries() -> String {
 /// `program` where the files of `bench` stand in the places of the system's.
 fn elsewhere(bench: &Bench, program: &Path, arguments: &[&str]) -> Command {
     let script = r#"cd "$0"; mount --bind passwd /etc/passwd; mount --bind shadow /etc/shadow
-        mount --bind authority.pem /etc/ssl/certs/ca-certificates.crt; mount -t tmpfs run /run; mkdir /run/sshd; exec "$@""#;
+        mount --bind authority.pem /etc/ssl/certs/ca-certificates.crt; mount -t tmpfs run /run; mkdir /run/sshd; exec env --default-signal "$@""#;
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-ec", script]).arg(bench.folder.path()).arg(program).args(arguments);
     let path = format!("{}/usr/bin:{}", text(&unpacked()), std::env::var("PATH").unwrap());

@@ -59,10 +59,11 @@ pub fn code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().expect("it has ended"))
 }
 
-/// The command with `arguments`, its streams piped.
+/// The command with `arguments`, its streams piped; signals that this process was started to ignore (`cargo test &`) are as by
+/// default.
 pub fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(BINARY);
-    command.args(arguments);
+    let mut command = Command::new("/usr/bin/env");
+    command.args(["--default-signal", BINARY]).args(arguments);
     piped(command)
 }
 
