@@ -61,5 +61,6 @@ pub fn at(place: Place) {
 
 /// Nothing.
 #[cfg(not(debug_assertions))]
+#[cfg_attr(not(feature = "engine"), allow(dead_code))]
 #[inline]
 pub fn at(_: Place) {}
