@@ -7,6 +7,7 @@
  *   job=scrap   discards and writes zeroes, and reads what that left
  *   job=ext4    mounts the disk and writes files, each synced before its name is told
  *   job=bench   reads and writes, and tells how many a second
+ *   job=script  runs /script by bash, which `pack` brings with what it needs
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -24,6 +25,7 @@
 #include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -403,6 +405,29 @@ static void bench(void)
 	close(fd);
 }
 
+static void script(void)
+{
+	static const char *const modules[] = {"dm-mod", "dm-bufio", "dm-snapshot", "loop"};
+	size_t i;
+	int status;
+	pid_t child;
+
+	for (i = 0; i < sizeof modules / sizeof *modules; i++)
+		load(modules[i]);
+	mkdir("/sys", 0755);
+	mkdir("/run", 0755);
+	mount("sys", "/sys", "sysfs", 0, "");
+	setenv("PATH", "/bin", 1);
+	child = fork();
+	if (!child) {
+		dup2(1, 2);
+		execl("/bin/bash", "bash", "/script", NULL);
+		_exit(127);
+	}
+	if (child < 0 || waitpid(child, &status, 0) != child || status)
+		fail("the script");
+}
+
 int main(void)
 {
 	static const char *const modules[] = {"virtio_ring",			 "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
@@ -434,6 +459,8 @@ int main(void)
 		ext4();
 	else if (!strcmp(job, "bench"))
 		bench();
+	else if (!strcmp(job, "script"))
+		script();
 	else
 		fail("job '%s'", job);
 	printf("DONE\n");

@@ -34,6 +34,20 @@ impl Machine {
     ///
     /// `no_timer_check`: under TCG on a busy host the kernel may find that its timer does not tick in time, and gives up.
     pub fn start(job: &str, arguments: &[String]) -> Self {
+        Self::boot(job, &home().join("initramfs"), arguments)
+    }
+
+    /// A machine that runs `script` by bash, with `program` and what `pack` brings.
+    pub fn run(script: &str, program: &str, folder: &Path, arguments: &[String]) -> Self {
+        let [text_of_it, archive, initramfs] = ["script", "archive", "initramfs"].map(|name| folder.join(name));
+        std::fs::write(&text_of_it, script).unwrap();
+        let basis = std::fs::read(home().join("initramfs")).unwrap();
+        run("tests/guest/pack", &[text(&text_of_it), program, text(&archive)]);
+        std::fs::write(&initramfs, [basis, std::fs::read(&archive).unwrap()].concat()).unwrap();
+        Self::boot("script", &initramfs, arguments)
+    }
+
+    fn boot(job: &str, initramfs: &Path, arguments: &[String]) -> Self {
         let home = home();
         let unpacked = home.join("unpacked");
         let accelerator = std::fs::read_to_string(home.join("accelerator")).unwrap();
@@ -63,7 +77,7 @@ impl Machine {
             "-serial",
             "stdio",
         ]);
-        command.args(["-kernel", text(&kernel), "-initrd", text(&home.join("initramfs"))]);
+        command.args(["-kernel", text(&kernel), "-initrd", text(initramfs)]);
         command.args(["-append", &format!("console=ttyS0 panic=-1 quiet no_timer_check job={job}")]);
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Running::start(&mut command);

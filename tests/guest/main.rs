@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod lvm;
 mod machine;
 mod trail;
 

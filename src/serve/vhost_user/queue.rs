@@ -7,7 +7,8 @@
 //!
 //! - what would wait for a backup just now: a write that is to be saved first, every write during a freeze;
 //! - where requests have been slow of late, more than copying takes, each that has others beside it;
-//! - what is long, and has others beside it: several processors copy more than one.
+//! - long reads that have others beside them, while there are processors to copy them. (A file's writes exclude each other in the
+//!   kernel: threads that wait for their turn cost more than they bring.)
 
 use super::config;
 use super::perform::{changes, perform};
@@ -47,6 +48,7 @@ pub struct Service {
     /// Somebody waits until nothing is in flight.
     settling: AtomicU32,
     stopping: AtomicBool,
+    processors: u32,
 }
 
 /// What we know of a queue.
@@ -95,11 +97,8 @@ impl Lane {
         self.duration.store((old * (MEMORY - 1) + new) / MEMORY, Relaxed);
     }
 
-    /// Long, with others beside it; or slow, also as if there might soon be others.
-    fn is_worth_the_pool(&self, length: u64, more: bool, others: bool) -> bool {
-        if length >= LONG && (more || others) {
-            return true;
-        }
+    /// Also as if there might soon be others.
+    fn is_slow_among(&self, more: bool, others: bool) -> bool {
         if !self.is_slow() {
             return false;
         }
@@ -121,6 +120,7 @@ impl Service {
             lanes: (0..queues).map(|_| Lane::default()).collect(),
             settling: AtomicU32::new(0),
             stopping: AtomicBool::new(false),
+            processors: std::thread::available_parallelism().map_or(1, |processors| processors.get() as u32),
         }
     }
 
@@ -208,15 +208,17 @@ impl Service {
         let Taken { head, request, more, size } = taken;
         let Ok(request) = request else { return self.answer(lane, vring, head, 0, true) };
         let mine = &self.lanes[lane];
-        let others = *mine.lock();
-        let waits = changes(&request, memory).is_some_and(|range| self.disk.would_wait(range));
-        let length = request.length();
+        let in_flight = *mine.lock();
+        let change = changes(&request, memory);
+        let waits = change.is_some_and(|range| self.disk.would_wait(range));
+        let others = in_flight > 1;
+        let is_shared = change.is_none() && request.length() >= LONG && (more || others) && in_flight <= self.processors;
         let mut errand = Errand { lane, vring: vring.clone(), head, request, memory: memory.clone() };
         if waits || mine.is_slow() {
             tell_of(untold, vring);
         }
         // A guest that has more in flight than its queue holds reuses descriptors: it waits for itself.
-        if (waits || mine.is_worth_the_pool(length, more, others > 1)) && others <= u32::from(size) {
+        if (waits || is_shared || mine.is_slow_among(more, others)) && in_flight <= u32::from(size) {
             errand = match pool.give(errand) {
                 Ok(()) => return,
                 Err(errand) => errand,
