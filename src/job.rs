@@ -22,8 +22,11 @@ pub enum Gate {
 /// What the overlay and the writers tell a watcher, where a job has them. Must not block.
 pub trait Gauges: Send + Sync {
     /// Now.
-    fn read(&self) -> (Option<OverlayUsage>, Option<WriterStats>);
+    fn read(&self) -> Readings;
 }
+
+/// Of [`Gauges`].
+pub type Readings = (Option<OverlayUsage>, Option<WriterStats>);
 
 /// Shared by the copier, the command line and whoever else steers.
 pub struct Job {
@@ -48,6 +51,7 @@ struct Control {
     rate: Option<u64>,
     throttle: Throttle,
     gauges: Option<Arc<dyn Gauges>>,
+    last_read: Readings,
     abandon: Vec<Undo>,
     completion: Completion,
     /// Others of its transaction have to be complete first.
@@ -72,6 +76,10 @@ enum Completion {
 }
 
 impl Control {
+    fn read_gauges(&self) -> Readings {
+        self.gauges.as_ref().map_or(self.last_read, |gauges| gauges.read())
+    }
+
     fn status(&self) -> Status {
         match self.completion {
             Completion::Committed => Status::Pending,
@@ -115,6 +123,7 @@ impl Job {
                 rate,
                 throttle: Throttle::new(rate),
                 gauges: None,
+                last_read: Readings::default(),
                 abandon: Vec::new(),
                 completion: Completion::Copying,
                 held: false,
@@ -345,7 +354,7 @@ impl Job {
     /// One look; never blocks for long.
     pub fn snapshot(&self) -> Snapshot {
         let control = self.control();
-        let (overlay, writers) = control.gauges.as_ref().map_or((None, None), |gauges| gauges.read());
+        let (overlay, writers) = control.read_gauges();
         Snapshot {
             phase: control.phase,
             paused: match (control.stopped_by_error, control.paused_by_user) {
@@ -377,13 +386,16 @@ impl Job {
         self.control().abandon.push(Box::new(undo));
     }
 
-    /// It is over: lets go of what was to be undone, and of what was read for watchers. May block as long as closing files does.
-    pub fn settle(&self) {
-        let (undo, gauges) = {
+    /// It is over: lets go of what was kept to be undone and of what is read for watchers, who see the last of it. They were
+    /// the last to hold the ends open. From now on [`Job::abandon`] gives `in_time`. May block as long as closing files does.
+    pub fn end(&self, in_time: bool) {
+        let held = {
             let mut control = self.control();
-            (std::mem::take(&mut control.abandon), control.gauges.take())
+            control.last_read = control.read_gauges();
+            let undo = std::mem::replace(&mut control.abandon, vec![Box::new(move || in_time)]);
+            (undo, control.gauges.take())
         };
-        drop((undo, gauges));
+        drop(held);
     }
 
     /// Undoes, the newest first, once; false when it was too late for some of it. May block as long as the undoings do.

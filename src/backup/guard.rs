@@ -2,8 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::ground::range::ByteRange;
-use crate::ground::status::{OverlayUsage, WriterStats};
-use crate::job::{Gauges, Job};
+use crate::ground::status::WriterStats;
+use crate::job::{Gauges, Job, Readings};
 use crate::ring::server::{Trap, Writers};
 use crate::sandbox::{self, Reach};
 use crate::snapshot::overlay::Overlay;
@@ -54,7 +54,7 @@ impl Gauge {
 }
 
 impl Gauges for Gauge {
-    fn read(&self) -> (Option<OverlayUsage>, Option<WriterStats>) {
+    fn read(&self) -> Readings {
         let counts = self.writers.counts();
         let milliseconds = |duration: std::time::Duration| duration.as_secs_f64() * 1e3;
         let writers = (counts.ever > 0).then(|| WriterStats {

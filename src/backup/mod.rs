@@ -63,8 +63,13 @@ pub fn run(options: &Options, job: &Arc<Job>, monitor: &dyn Monitor) -> Result<S
 /// through their jobs; may hang as long as the storage does ([`Job::abandon`] undoes for whoever can't wait).
 ///
 /// All or nothing until the instant is taken: one disk that can't start fails all of them. From then on each is on its
-/// own, and `ended` hears of each as soon as it has.
+/// own, and `ended` hears of each as soon as it has, its ends closed.
 pub fn run_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
+    let ended: &Ended<'_> = &|place, result| {
+        // Whoever hears of the end may use both ends at once, or begin the next backup.
+        disks[place].job.end(result.as_ref().is_err_and(|failure| failure.target != TargetState::Complete));
+        ended(place, result);
+    };
     let started = match start(disks) {
         Ok(started) => started,
         Err(refusal) => return refuse_all(disks.len(), *refusal, ended),
@@ -73,7 +78,6 @@ pub fn run_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
         let copies = disks.iter().zip(started).enumerate().map(|(place, (&disk, (ready, moment)))| {
             scope.spawn(move || {
                 let result = back_up(disk, ready, &moment);
-                // Whoever hears of the end may begin the next backup at once.
                 drop(moment);
                 ended(place, result);
             })

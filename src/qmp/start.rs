@@ -89,8 +89,6 @@ impl Running {
     }
 
     fn ended(&self, jobs: &Jobs, result: Result<Summary, Failure>) {
-        // It may be listed for long, and must not hold files that long.
-        self.entry.new.job.settle();
         match result {
             Err(failure) if !self.is_started.load(Relaxed) => {
                 jobs.forget(&self.entry);

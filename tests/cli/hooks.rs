@@ -33,6 +33,20 @@ fn each_runs_at_its_time_and_is_told_what_it_is_about() {
 }
 
 #[test]
+fn both_ends_are_closed_when_the_last_ones_run() {
+    let bench = Bench::new();
+    // A volume that is open can't be removed.
+    let look = "ls -l /proc/$PPID/fd > open && ! grep -e disk.raw -e out.raw open && echo $DRIVE_BACKUP_HOOK >> told";
+    assert_eq!(code(bench.backup().args(["--hook-after", look]).output().unwrap().status), 0);
+    assert_eq!(told(&bench), ["after"]);
+
+    // Fails once both are open.
+    let arguments = ["--hook-frozen", "! ls -l /proc/$PPID/fd | grep disk.raw", "--hook-failed", look];
+    assert_eq!(code(bench.backup().args(arguments).output().unwrap().status), 9);
+    assert_eq!(told(&bench), ["after", "failed"]);
+}
+
+#[test]
 fn a_restore_has_them_too() {
     let bench = Bench::new();
     let restore = |image: &str| {

@@ -212,7 +212,8 @@ impl Service {
         let change = changes(&request, memory);
         let waits = change.is_some_and(|range| self.disk.would_wait(range));
         let others = in_flight > 1;
-        let is_shared = change.is_none() && request.length() >= LONG && (more || others) && in_flight <= self.processors;
+        let is_shared =
+            change.is_none() && request.length() >= LONG && (more || others) && in_flight <= self.processors;
         let mut errand = Errand { lane, vring: vring.clone(), head, request, memory: memory.clone() };
         if waits || mine.is_slow() {
             tell_of(untold, vring);
