@@ -81,8 +81,8 @@ complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-cbw-error 
 break-guest-write\t'The write fails, the backup goes on'"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l reconnect-delay -d 'In how many seconds a lost NBD server must be back' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-before -d 'A shell command that runs before a disk is opened; exit status 9 if it fails' -r
-complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-after -d 'One that runs when the copy is complete; if it fails the copy stays, and the exit status is 9' -r
-complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-failed -d 'One that runs when there is no copy' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-after -d 'One that runs when the copy is complete and both ends are closed; if it fails the copy stays, and the exit status is 9' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-failed -d 'One that runs when there is no copy, both ends closed' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-timeout -d 'In which time each of these must end' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l hook-frozen -d 'A shell command that runs while the writers are frozen, in what is left of --freeze-timeout' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-source-error -d 'What a read error of the source does' -r -f -a "report\t'End with the error'
@@ -212,8 +212,8 @@ ignore\t'Go on: an unreadable source range becomes zeroes, an unwritable target 
 enospc\t'Stop when the target is full, else report'
 stop\t'Pause, and try again after Enter on the terminal or SIGCONT'"
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l hook-before -d 'A shell command that runs before a disk is opened; exit status 9 if it fails' -r
-complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l hook-after -d 'One that runs when the copy is complete; if it fails the copy stays, and the exit status is 9' -r
-complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l hook-failed -d 'One that runs when there is no copy' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l hook-after -d 'One that runs when the copy is complete and both ends are closed; if it fails the copy stays, and the exit status is 9' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l hook-failed -d 'One that runs when there is no copy, both ends closed' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l hook-timeout -d 'In which time each of these must end' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l progress -d 'How progress is shown on standard error' -r -f -a "auto\t'A bar on a terminal, plain lines under systemd\'s journal, else none'
 bar\t'A bar; plain lines where standard error is no terminal'

@@ -22,11 +22,11 @@ pub struct HookFlags {
     #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
     pub hook_before: Option<String>,
 
-    /// One that runs when the copy is complete; if it fails the copy stays, and the exit status is 9
+    /// One that runs when the copy is complete and both ends are closed; if it fails the copy stays, and the exit status is 9
     #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
     pub hook_after: Option<String>,
 
-    /// One that runs when there is no copy
+    /// One that runs when there is no copy, both ends closed
     #[arg(long, value_name = "COMMAND", help_heading = HOOKS)]
     pub hook_failed: Option<String>,
 
@@ -47,9 +47,9 @@ impl From<HookFlags> for Hooks {
 pub struct Hooks {
     /// Before anything is opened. When it fails nothing is.
     pub before: Option<String>,
-    /// When the copy is complete. When it fails the backup has, though the copy stays.
+    /// When the copy is complete, both ends closed. When it fails the backup has, though the copy stays.
     pub after: Option<String>,
-    /// When there is no copy.
+    /// When there is no copy, both ends closed.
     pub failed: Option<String>,
     /// In which each has to end.
     pub timeout: Duration,
