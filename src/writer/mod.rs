@@ -25,7 +25,7 @@
 //! **fork.** A child has no service thread, and its copies of the sockets hide the parent's death. Fork only to exec
 //! (the descriptors are close-on-exec), or before [`Writer::open`].
 
-#[cfg(feature = "capi")]
+#[cfg(any(feature = "capi", test))]
 pub mod capi;
 mod service;
 mod session;
@@ -204,7 +204,7 @@ impl Writer {
 
     /// The end of a [`Writer::enter`], on any thread.
     #[inline]
-    #[cfg(feature = "capi")]
+    #[cfg(any(feature = "capi", test))]
     pub(crate) fn leave(&self) {
         self.shared.leave();
     }
