@@ -62,6 +62,7 @@ fn an_image_that_a_qemu_writes_is_no_source() {
         let reason = format!("source '{}' is being written by another program (pid {})", text(source), writer.id());
         copy(source, &target, &["--format", "raw"]).fails(8, &reason);
         copy(source, &folder.path().join("new.raw"), &[]).fails(8, &reason);
+        copy(source, &folder.path().join("new.raw"), &["--dry-run"]).fails(8, &reason);
         assert_eq!(fingerprint(folder.path()), before, "touched");
     }
     // A reader is in nobody's way.

@@ -47,7 +47,7 @@ mod tests {
     fn every_option_has_its_variable_and_no_two_have_the_same() {
         fn check(command: &Command, seen: &mut Vec<OsString>) {
             for arg in command.get_arguments().filter(|arg| arg.get_long().is_some()) {
-                let name = arg.get_env().unwrap_or_else(|| panic!("{arg}")).to_owned();
+                let name = arg.get_env().unwrap_or_else(|| panic!("{} has none", arg.get_id())).to_owned();
                 assert!(!seen.contains(&name), "{name:?}");
                 seen.push(name);
             }

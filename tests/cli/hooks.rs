@@ -3,7 +3,8 @@
 use crate::kit::{Bench, Running, code, records, wait_until};
 use drive_backup::writer::Writer;
 use nix::libc::SIGINT;
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -125,14 +126,14 @@ fn nobody_writes_while_the_frozen_one_runs() {
     let (is_over, path) = (Arc::new(AtomicBool::new(false)), bench.path("written"));
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let mut number = 0_u64;
+            let (file, mut number) = (File::create(&path).unwrap(), 0_u64);
             while !is_over.load(SeqCst) {
                 let _write = writer.begin(0, 1).unwrap();
                 number += 1;
-                fs::write(&path, number.to_string()).unwrap();
+                file.write_all_at(&number.to_le_bytes(), 0).unwrap();
             }
         });
-        wait_until("a write", || path.exists());
+        wait_until("a write", || fs::metadata(&path).is_ok_and(|written| written.len() == 8));
         let mut command = bench.backup();
         let hook = "cp written first; sleep 0.3; cmp written first && touch still";
         command.args(["--hook-frozen", hook, "--writer", "required", "--writer-dir"]).arg(&meet);

@@ -239,6 +239,10 @@ fn what_is_not_on_the_disk_fails_and_changes_nothing() {
     assert_eq!(scene.ask(IN, 0, 512, 512), Status::Failed);
     assert_eq!(scene.ask(OUT, 0, 512, 512), Status::Failed);
     assert!(scene.bytes().iter().all(|byte| *byte == b'd'));
+    // Of a long write that ends past the end, the pieces before it neither.
+    let (scene, image) = Scene::logged();
+    assert_eq!(scene.ask(OUT, (1 << 20) / 512 - 512, 300 << 10, 0), Status::Failed);
+    assert!(image.log.lock().unwrap().is_empty());
 }
 
 #[test]
