@@ -4,6 +4,8 @@ mod hostile;
 
 use super::*;
 use crate::ring::folder::Folder;
+use crate::ring::layout::state;
+use crate::ring::queue::Slot;
 use crate::writer::Writer;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -148,7 +150,11 @@ fn a_write_waits_for_its_grant() {
         })
     };
     drop(trap.wait(|state| !state.asked.is_empty()));
-    assert!(wait.try_recv().is_err(), "it has not been granted");
+    // Whether the writer has seen an answer is a matter of time; whether there is one is not.
+    let ring = lock(&writers.hub.links)[0].ring.clone();
+    let waits = |slot: &&Slot| matches!(slot.state.load(Ordering::SeqCst), state::POSTED | state::ASLEEP);
+    assert_eq!(ring.slots.iter().filter(waits).count(), 1, "it has been granted");
+    assert!(wait.try_recv().is_err(), "it went on");
     trap.set(|state| state.held = false);
     wait.recv_timeout(HANGS).unwrap();
     writing.join().unwrap();
