@@ -176,3 +176,84 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn system(errno: i32) -> io::Error {
+        io::Error::from_raw_os_error(errno)
+    }
+
+    #[test]
+    fn an_io_error_says_what_side_where_and_why() {
+        let range = ByteRange::new(0x40000, 65536);
+        for (side, name, kind) in [
+            (Side::Source, "source", Kind::Source),
+            (Side::Target, "target", Kind::Target),
+            (Side::Overlay, "overlay", Kind::InstantLost),
+            (Side::Disk, "disk", Kind::Source),
+        ] {
+            let error = Error::io(side, "write", range, system(nix::libc::ENOSPC));
+            assert_eq!(error.to_string(), format!("write {name} at 0x40000+65536: No space left on device"));
+            assert_eq!(error.kind(), kind);
+            assert_eq!(error.place(), Some(&Place { side, during: "write", path: None, range: Some(range) }));
+            assert_eq!((error.errno(), error.io_kind()), (Some(nix::libc::ENOSPC), Some(io::ErrorKind::StorageFull)));
+        }
+    }
+
+    #[test]
+    fn an_error_of_a_file_names_it() {
+        let error = Error::file(Side::Source, "open", Path::new("disk.raw"), system(nix::libc::ENOENT));
+        assert_eq!(error.to_string(), "open source 'disk.raw': No such file or directory");
+        assert_eq!((error.kind(), error.errno()), (Kind::Source, Some(nix::libc::ENOENT)));
+        let path = Some(PathBuf::from("disk.raw"));
+        assert_eq!(error.place(), Some(&Place { side: Side::Source, during: "open", path, range: None }));
+    }
+
+    #[test]
+    fn an_error_of_the_system_has_no_side() {
+        let error = Error::system(Kind::Other, "open writer folder '/run/x'", system(nix::libc::EACCES));
+        assert_eq!(error.to_string(), "open writer folder '/run/x': Permission denied");
+        assert_eq!((error.kind(), error.place(), error.errno()), (Kind::Other, None, Some(nix::libc::EACCES)));
+    }
+
+    #[test]
+    fn a_refusal_is_no_io_error() {
+        let error = Error::new(Kind::Busy, "another backup of it runs");
+        assert_eq!(error.to_string(), "another backup of it runs");
+        assert_eq!((error.kind(), error.place(), error.errno(), error.io_kind()), (Kind::Busy, None, None, None));
+        assert_eq!(error.differences(), []);
+    }
+
+    #[test]
+    fn a_comparison_that_failed_knows_where() {
+        let places = [ByteRange::new(0, 1), ByteRange::new(7, 2)];
+        let error = Error::differs("the copy differs", places.to_vec());
+        assert_eq!(
+            (error.kind(), error.differences(), error.to_string()),
+            (Kind::Differs, &places[..], "the copy differs".into())
+        );
+    }
+
+    #[test]
+    fn an_error_takes_another_kind_and_a_note() {
+        let error = Error::file(Side::Target, "open", Path::new("copy"), system(nix::libc::EBUSY));
+        let error = error.with_kind(Kind::Busy).with_note("the target is as it was");
+        assert_eq!(error.kind(), Kind::Busy);
+        assert_eq!(error.to_string(), "open target 'copy'; the target is as it was: Device or resource busy");
+        assert_eq!(error.errno(), Some(nix::libc::EBUSY));
+    }
+
+    #[test]
+    fn a_limit_of_our_own_that_is_reached_is_enospc() {
+        let own =
+            |kind| Error::io(Side::Overlay, "write", ByteRange::new(0, 1), io::Error::new(kind, "over its limit"));
+        let full = own(io::ErrorKind::StorageFull);
+        assert_eq!(
+            (full.errno(), full.to_string()),
+            (Some(nix::libc::ENOSPC), "write overlay at 0x0+1: over its limit".into())
+        );
+        assert_eq!(own(io::ErrorKind::InvalidData).errno(), None);
+    }
+}

@@ -408,3 +408,6 @@ impl Job {
         in_time
     }
 }
+
+#[cfg(test)]
+mod tests;
