@@ -101,3 +101,29 @@ pub const fn bitmap_bytes(clusters: u64) -> u64 {
     let bytes = clusters.div_ceil(64) * 8;
     if bytes == 0 { 4096 } else { bytes.next_multiple_of(4096) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bitmap_is_as_many_pages_as_its_bits_need() {
+        const BITS_OF_A_PAGE: u64 = 4096 * 8;
+        for (clusters, pages) in
+            [(0, 1), (1, 1), (BITS_OF_A_PAGE, 1), (BITS_OF_A_PAGE + 1, 2), (10 * BITS_OF_A_PAGE, 10)]
+        {
+            assert_eq!(bitmap_bytes(clusters), pages * 4096, "{clusters}");
+        }
+    }
+
+    #[test]
+    fn each_breach_has_words_of_its_own_and_any_other_mark_is_a_fault() {
+        let all = [Breach::NoAnswer, Breach::HungUp, Breach::FrozenTooLong, Breach::Nonsense, Breach::Fault];
+        let said = all.map(|breach| Breach::describe(breach as u32));
+        for (at, words) in said.iter().enumerate() {
+            assert!(!said[..at].contains(words), "{words}");
+        }
+        assert_eq!(Breach::describe(6), Breach::describe(Breach::Fault as u32));
+        assert_eq!(Breach::describe(u32::MAX), Breach::describe(Breach::Fault as u32));
+    }
+}

@@ -85,4 +85,6 @@ pub fn join<T, P: Place>(
 }
 
 #[cfg(all(test, any(loom, shuttle)))]
+mod models;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;

@@ -345,6 +345,27 @@ mod tests {
     }
 
     #[test]
+    fn a_value_that_its_kind_does_not_have_is_named() {
+        for (packet, values) in [
+            (Packet::Refused { errno: 1 }, &[0, 4096, u32::MAX][..]),
+            (Packet::Thaw { trap: true }, &[2, u32::MAX]),
+            (Packet::Thawed { held: true }, &[2, u32::MAX]),
+        ] {
+            for &value in values {
+                let mut bytes = packet.encode();
+                put(&mut bytes, field::VALUE, value);
+                assert_eq!(Packet::decode(&bytes), Err(Malformed::Field("value")), "{packet:?}: {value}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_bitmap_of_a_disk_has_a_bit_for_each_cluster() {
+        assert_eq!(attach().bitmap_bytes(), 4096);
+        assert_eq!(Attach { length: (4096 * 8 + 1) * 4096, ..attach() }.bitmap_bytes(), 8192);
+    }
+
+    #[test]
     fn a_writer_agrees_to_no_endless_wait() {
         let mut bytes = Packet::Attach(attach()).encode();
         put(&mut bytes, field::FREEZE_MS, u32::MAX);

@@ -57,6 +57,7 @@ fn the_page_names_sizes_version_and_every_breach() {
         format!("{:#x}", layout::MAGIC),
         format!("A memfd of {} bytes", at::END),
         format!("{} slots of {} bytes", layout::SLOTS, layout::LINE),
+        format!("bytes: 1 to {} MiB, or to one cluster", layout::MAX_ENTRY >> 20),
         format!("one SEQPACKET message of {} bytes", super::packet::PACKET),
         format!("{} counters, 64 bytes apart", layout::WRITE_COUNTERS),
         format!("{} counters: the waits", super::stall::BUCKETS),

@@ -195,13 +195,14 @@ impl CopyState {
             Some(clear) => clear / granule * granule,
             None => stop,
         };
-        if whole > end {
-            flight.clusters.end = whole;
-            self.dirty.clear(end..whole);
-            self.cursor = self.cursor.max(whole);
-            claim.clusters.end = whole;
-            claim.range = self.size.bytes_of(claim.clusters.clone(), self.length);
+        flight.clusters.end = whole;
+        self.dirty.clear(end..whole);
+        // Elsewhere it stands at what another claim gave back.
+        if self.cursor == end {
+            self.cursor = whole;
         }
+        claim.clusters.end = whole;
+        claim.range = self.size.bytes_of(claim.clusters.clone(), self.length);
     }
 
     /// The first piece of a claim, with who has it.

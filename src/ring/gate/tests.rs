@@ -28,6 +28,34 @@ mod plain {
         assert_eq!(gate.enter(0), Passage::Trapping);
         assert!(!gate.leave(0), "nobody freezes");
     }
+
+    #[test]
+    fn a_look_says_what_an_entrant_would_find() {
+        let gate = Gate::default();
+        for (change, found) in
+            [(Gate::open as fn(&Gate), Passage::Open), (Gate::freeze, Passage::Frozen), (Gate::trap, Passage::Trapping)]
+        {
+            change(&gate);
+            assert_eq!((gate.look(), gate.enter(0)), (found, found));
+            assert_eq!(gate.is_frozen(), found == Passage::Frozen);
+        }
+        gate.open();
+        assert_eq!(gate.enter(0), Passage::Open);
+    }
+
+    #[test]
+    fn threads_of_any_number_are_counted_before_a_freeze_and_in_one() {
+        let gate = Gate::default();
+        for (mine, before) in [0, COUNTERS - 1, COUNTERS, usize::MAX].into_iter().zip((0..).step_by(2)) {
+            gate.open();
+            assert_eq!(gate.enter(mine), Passage::Open);
+            gate.freeze();
+            gate.enter_frozen(mine);
+            assert_eq!(gate.in_flight(), before + 2);
+        }
+        assert!(gate.leave(usize::MAX));
+        assert_eq!(gate.in_flight(), 7);
+    }
 }
 
 #[cfg(any(loom, shuttle))]

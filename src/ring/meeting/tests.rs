@@ -1,214 +1,96 @@
-//! A writer that starts, and a backup from its announcement to its end, in every order.
-
 use super::*;
-use crate::ring::gate::{Gate, Passage};
-use crate::sync::{Arc, Condvar, Mutex};
-#[cfg(loom)]
-use loom::thread;
-#[cfg(shuttle)]
-use shuttle::thread;
-use std::convert::Infallible;
+use std::cell::{Cell, RefCell};
 
-const BACKUP: u64 = 7;
-/// What the disk holds before the writer's write, and after it.
-const OLD: u32 = 1;
-const NEW: u32 = 2;
-
-/// Names in the folder. The kernel gives all of them one order.
+/// A folder and a door in which everything happens by a script.
 #[derive(Default)]
-struct Names {
-    announced: bool,
-    listening: bool,
-    marked: bool,
-}
-
-/// The writer's, under its control lock.
-struct Control {
-    open: bool,
-    attached: Vec<u64>,
-}
-
 struct World {
-    names: Mutex<Names>,
-    control: Mutex<Control>,
-    arrived: Condvar,
-    gate: Gate,
-    /// The one cluster, and what was saved of it.
-    disk: Mutex<(u32, Option<u32>)>,
-    is_patient: bool,
-    /// The writer ends after its write.
-    dies: bool,
+    /// Whom each look into the folder finds.
+    looks: RefCell<Vec<Vec<u64>>>,
+    attached: RefCell<Vec<u64>>,
+    /// Who attaches while the writer waits.
+    arriving: RefCell<Vec<u64>>,
+    /// Who is waited for.
+    patient: Vec<u64>,
+    shut: Cell<bool>,
+    marked: RefCell<Vec<u64>>,
 }
-
-struct Lost;
 
 impl Place for World {
-    type Error = Infallible;
+    type Error = &'static str;
 
-    fn backups(&self) -> Result<Vec<Announced>, Infallible> {
-        let announced = self.names.lock().unwrap().announced;
-        Ok(announced.then_some(Announced { number: BACKUP, patience: Duration::MAX }).into_iter().collect())
+    fn backups(&self) -> Result<Vec<Announced>, &'static str> {
+        let numbers = self.looks.borrow_mut().remove(0);
+        Ok(numbers.into_iter().map(|number| Announced { number, patience: Duration::ZERO }).collect())
     }
 
-    fn mark_unattached(&self, number: u64) -> Result<(), Infallible> {
-        assert_eq!(number, BACKUP);
-        self.names.lock().unwrap().marked = true;
+    fn mark_unattached(&self, number: u64) -> Result<(), &'static str> {
+        assert!(self.shut.get(), "until then it may attach");
+        self.marked.borrow_mut().push(number);
         Ok(())
     }
 }
 
 impl Door for World {
     fn attached(&self) -> Vec<u64> {
-        self.control.lock().unwrap().attached.clone()
+        self.attached.borrow().clone()
     }
 
-    fn waits_for(&self, _: &Announced) -> bool {
-        self.is_patient
+    fn waits_for(&self, backup: &Announced) -> bool {
+        self.patient.contains(&backup.number)
     }
 
-    /// The backup's end wakes it too, which a real writer sees when its moment is over.
     fn wait(&self, count: usize) {
-        let mut control = self.control.lock().unwrap();
-        while control.attached.len() <= count && self.names.lock().unwrap().announced {
-            control = self.arrived.wait(control).unwrap();
-        }
+        assert_eq!(count, self.attached.borrow().len());
+        let number = self.arriving.borrow_mut().remove(0);
+        self.attached.borrow_mut().push(number);
     }
 
     fn shut(&self) {
-        self.control.lock().unwrap().open = false;
+        self.shut.set(true);
     }
 }
 
-impl World {
-    fn new(is_patient: bool, dies: bool) -> Arc<Self> {
-        Arc::new(Self {
-            names: Mutex::default(),
-            control: Mutex::new(Control { open: true, attached: Vec::new() }),
-            arrived: Condvar::new(),
-            gate: Gate::default(),
-            disk: Mutex::new((OLD, None)),
-            is_patient,
-            dies,
-        })
-    }
-
-    /// A writer's life: one write.
-    fn write(&self) {
-        let Ok(()) = join(self, self, || {
-            self.names.lock().unwrap().listening = true;
-            Ok(())
-        });
-        let passage = loop {
-            match self.gate.enter(0) {
-                Passage::Frozen => drop(self.gate.wait_thaw(Duration::MAX)),
-                passage => break passage,
-            }
-        };
-        let mut disk = self.disk.lock().unwrap();
-        if passage == Passage::Trapping {
-            disk.1 = disk.1.or(Some(disk.0));
-        }
-        disk.0 = NEW;
-        drop(disk);
-        let _ = self.gate.leave(0);
-        if self.dies {
-            self.names.lock().unwrap().listening = false;
-        }
-    }
-
-    /// As `ring::server` attaches to a writer whose socket it finds: what the writer's thread does then is one step.
-    fn scan(&self, is_linked: &mut bool, is_late: bool) -> Result<(), Lost> {
-        if *is_linked || !self.names.lock().unwrap().listening {
-            return Ok(());
-        }
-        let mut control = self.control.lock().unwrap();
-        if !admits(control.open, is_late) {
-            return Err(Lost);
-        }
-        if control.open {
-            control.attached.push(BACKUP);
-            self.arrived.notify_all();
-        }
-        if is_late {
-            self.gate.trap();
-        }
-        *is_linked = true;
-        Ok(())
-    }
-
-    /// The instant and the copy of it.
-    fn copy(&self, is_linked: &mut bool) -> Result<(u32, u32), Lost> {
-        self.names.lock().unwrap().announced = true;
-        self.scan(is_linked, false)?;
-        // The freeze looks once more.
-        self.scan(is_linked, false)?;
-        if *is_linked {
-            self.gate.freeze();
-            while self.gate.in_flight() != 0 {
-                thread::yield_now();
-            }
-        }
-        let instant = self.disk.lock().unwrap().0;
-        if *is_linked {
-            self.gate.trap();
-        }
-        // The lookout, and later the check before anything is published.
-        self.scan(is_linked, true)?;
-        let (source, saved) = *self.disk.lock().unwrap();
-        if self.names.lock().unwrap().marked {
-            return Err(Lost);
-        }
-        self.scan(is_linked, true)?;
-        Ok((instant, saved.unwrap_or(source)))
-    }
-
-    fn back_up(&self) {
-        let mut is_linked = false;
-        if let Ok((instant, copy)) = self.copy(&mut is_linked) {
-            assert_eq!(copy, instant, "a copy that is called good is as of its instant");
-        }
-        if is_linked {
-            self.gate.open();
-        }
-        // Under the lock, so that who looks at the name sleeps already or sees that it is gone.
-        let control = self.control.lock().unwrap();
-        self.names.lock().unwrap().announced = false;
-        drop(control);
-        self.arrived.notify_all();
-    }
-}
-
-fn meet(is_patient: bool, dies: bool) {
-    let model = move || {
-        let world = World::new(is_patient, dies);
-        let writer = world.clone();
-        let writing = thread::spawn(move || writer.write());
-        world.back_up();
-        writing.join().unwrap();
-        assert_eq!(world.disk.lock().unwrap().0, NEW);
-    };
-    #[cfg(loom)]
-    {
-        let mut builder = loom::model::Builder::new();
-        builder.preemption_bound = Some(3);
-        builder.check(model);
-    }
-    #[cfg(shuttle)]
-    shuttle::check_random(model, 20_000);
+/// A world, after a writer has started in it.
+fn met(world: World) -> World {
+    assert_eq!(join(&world, &world, || Ok("listening")), Ok("listening"));
+    assert!(world.shut.get() && world.looks.borrow().is_empty());
+    world
 }
 
 #[test]
-fn a_writer_and_a_backup_that_start_together_do_not_miss_each_other() {
-    meet(true, false);
+fn who_comes_after_the_instant_is_admitted_only_while_the_door_is_open() {
+    assert!(admits(true, true) && admits(true, false) && admits(false, false));
+    assert!(!admits(false, true));
 }
 
 #[test]
-fn a_writer_that_does_not_wait_makes_the_backup_fail() {
-    meet(false, false);
+fn a_backup_that_is_waited_for_attaches_and_gets_no_sign() {
+    let world = met(World {
+        looks: vec![vec![7, 8], vec![7, 8], vec![7, 8], vec![7, 8]].into(),
+        arriving: vec![8, 7].into(),
+        patient: vec![7, 8],
+        ..World::default()
+    });
+    assert_eq!(*world.attached.borrow(), [8, 7]);
+    assert_eq!(*world.marked.borrow(), []);
 }
 
 #[test]
-fn what_a_writer_wrote_that_is_gone_is_not_missed() {
-    meet(true, true);
-    meet(false, true);
+fn those_that_have_not_attached_in_time_get_a_sign() {
+    let world =
+        met(World { looks: vec![vec![7, 8, 9], vec![7, 8, 9]].into(), attached: vec![8].into(), ..World::default() });
+    assert_eq!(*world.marked.borrow(), [7, 9]);
+}
+
+#[test]
+fn who_died_meanwhile_and_who_came_only_now_get_none() {
+    let world = met(World { looks: vec![vec![7, 8], vec![8, 9]].into(), ..World::default() });
+    assert_eq!(*world.marked.borrow(), [8]);
+}
+
+#[test]
+fn a_writer_that_cannot_listen_looks_for_nobody() {
+    let world = World::default();
+    assert_eq!(join(&world, &world, || Err::<(), _>("no socket")), Err("no socket"));
+    assert!(!world.shut.get());
 }

@@ -70,6 +70,8 @@ mod plain {
             [region.take(6), region.take(0), region.take(1), region.take(2)],
             [Some(31), Some(0), Some(5), None]
         );
+        region.post(31, ByteRange::new(0, 1), &Never);
+        assert_eq!(region.take(usize::MAX), Some(31));
     }
 
     #[test]
@@ -97,10 +99,228 @@ mod plain {
         assert_eq!(region.broken(), Breach::NoAnswer as u32);
     }
 
+    /// Keeps a log, and calls `step` with its length before each entry.
+    struct Scripted<'r, F: Fn(usize)> {
+        region: &'r Region,
+        step: F,
+        log: std::cell::RefCell<Vec<String>>,
+    }
+
+    fn scripted<F: Fn(usize)>(region: &Region, step: F) -> Scripted<'_, F> {
+        Scripted { region, step, log: std::cell::RefCell::default() }
+    }
+
+    impl<F: Fn(usize)> Scripted<'_, F> {
+        fn note(&self, verb: &str, word: &AtomicU32) {
+            let posted = std::ptr::eq(word, &raw const self.region.posted.0);
+            let slot = self.region.slots.iter().position(|slot| std::ptr::eq(word, &raw const slot.state));
+            let word = slot.map_or(if posted { "posted".to_owned() } else { "?".to_owned() }, |slot| slot.to_string());
+            self.happens(format!("{verb} {word}"));
+        }
+
+        fn happens(&self, what: String) {
+            let count = self.log.borrow().len();
+            (self.step)(count);
+            self.log.borrow_mut().push(what);
+        }
+
+        fn took(&self) -> Vec<String> {
+            self.log.take()
+        }
+    }
+
+    impl<F: Fn(usize)> Patience for Scripted<'_, F> {
+        /// Twice in a row.
+        fn spin(&mut self) -> bool {
+            self.happens(format!("spin, attentive {}", self.region.attentive.0.load(Ordering::Relaxed)));
+            !self.log.borrow().len().is_multiple_of(3)
+        }
+        /// For ten events.
+        fn sleep(&mut self, word: &AtomicU32, expected: u32) -> bool {
+            self.note(&format!("sleep at {expected}"), word);
+            self.log.borrow().len() < 10
+        }
+        fn wake(&self, word: &AtomicU32) {
+            self.note("wake", word);
+        }
+    }
+
+    const BYTE: ByteRange = ByteRange::new(0, 1);
+
+    #[test]
+    fn a_post_wakes_a_server_unless_one_is_looking() {
+        let region = Region::new();
+        let patience = scripted(&region, |_| {});
+        region.post(3, BYTE, &patience);
+        assert_eq!((patience.took(), region.posted()), (vec!["wake posted".to_owned()], 1 << 3));
+        region.attentive.0.store(1, Ordering::Relaxed);
+        region.post(4, BYTE, &patience);
+        assert_eq!((patience.took().len(), region.posted()), (0, 3 << 3));
+    }
+
+    #[test]
+    fn an_answer_wakes_who_sleeps_and_nobody_else() {
+        let region = Region::new();
+        let patience = scripted(&region, |_| {});
+        region.post(2, BYTE, &Never);
+        region.answer(2, Answer::Granted, &patience).unwrap();
+        assert_eq!(patience.took().len(), 0);
+        region.post(2, BYTE, &Never);
+        region.slots[2].state.store(state::ASLEEP, Ordering::Relaxed);
+        region.answer(2, Answer::Granted, &patience).unwrap();
+        assert_eq!(patience.took(), ["wake 2"]);
+    }
+
+    #[test]
+    fn a_write_spins_first_and_then_sleeps_until_it_is_answered() {
+        let (region, over) = (Region::new(), AtomicBool::new(false));
+        region.post(2, BYTE, &Never);
+        let mut patience = scripted(&region, |count| {
+            if count == 3 {
+                assert_eq!(region.slots[2].state.load(Ordering::Relaxed), state::ASLEEP);
+                region.answer(2, Answer::Granted, &Never).unwrap();
+            }
+        });
+        assert_eq!(region.await_answer(2, &over, &mut patience), Answer::Granted);
+        assert_eq!(patience.took()[2..], ["spin, attentive 0", "sleep at 2 2"]);
+    }
+
+    #[test]
+    fn at_the_end_everybody_who_waits_leaves_and_is_woken() {
+        let (region, over) = (Region::new(), AtomicBool::new(false));
+        let patience = scripted(&region, |_| {});
+        for slot in [1, 2, 30] {
+            region.post(slot, BYTE, &Never);
+        }
+        region.slots[30].state.store(state::ASLEEP, Ordering::Relaxed);
+        region.answer(2, Answer::Refused(5), &Never).unwrap();
+        region.end(&over, &patience);
+        assert!(over.load(Ordering::Relaxed));
+        let woken: Vec<_> =
+            patience.took().into_iter().filter(|entry| ["wake 1", "wake 2", "wake 30"].contains(&&**entry)).collect();
+        assert_eq!(woken, ["wake 1", "wake 30"]);
+        let answers = [1, 2, 30].map(|slot| region.await_answer(slot, &over, &mut Never));
+        assert_eq!(answers, [Answer::Left, Answer::Refused(5), Answer::Left]);
+    }
+
+    #[test]
+    fn a_server_spins_attentively_and_sleeps_until_something_is_posted() {
+        let (region, over) = (Region::new(), AtomicBool::new(false));
+        let mut patience = scripted(&region, |count| {
+            if count == 3 {
+                region.post(7, BYTE, &Never);
+                region.post(8, BYTE, &Never);
+            }
+        });
+        assert_eq!(region.next(0, &over, &mut patience), Some(7));
+        let spin = "spin, attentive 1";
+        // Who posted the other one may have woken nobody.
+        assert_eq!(patience.took(), [spin, spin, spin, "sleep at 0 posted", "wake posted"]);
+        assert_eq!(region.next(0, &over, &mut patience), Some(8));
+        assert_eq!(patience.took().len(), 0);
+    }
+
+    #[test]
+    fn what_is_posted_while_a_server_is_looking_is_taken_without_sleep() {
+        let (region, over) = (Region::new(), AtomicBool::new(false));
+        let mut patience = scripted(&region, |count| region.post(count, BYTE, &Never));
+        assert_eq!(region.next(0, &over, &mut patience), Some(0));
+        assert_eq!(patience.took(), ["spin, attentive 1"]);
+        assert_eq!(region.attentive.0.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn one_server_looks_and_the_others_sleep() {
+        let (region, over) = (Region::new(), AtomicBool::new(false));
+        region.attentive.0.store(1, Ordering::Relaxed);
+        let mut patience = scripted(&region, |_| over.store(true, Ordering::Relaxed));
+        assert_eq!(region.next(0, &over, &mut patience), None);
+        assert_eq!(patience.took(), ["sleep at 0 posted"]);
+        assert_eq!(region.attentive.0.load(Ordering::Relaxed), 1, "it looks still");
+    }
+
+    #[test]
+    fn a_server_goes_when_all_is_over_or_the_time_is_up() {
+        let (region, over) = (Region::new(), AtomicBool::new(false));
+        let mut patience = scripted(&region, |_| over.store(true, Ordering::Relaxed));
+        assert_eq!(region.next(0, &over, &mut patience), None);
+        assert_eq!(patience.took(), ["spin, attentive 1"], "no sleep at the end");
+        region.post(0, BYTE, &Never);
+        assert_eq!(region.next(0, &over, &mut patience), None);
+        let over = AtomicBool::new(false);
+        region.take(0);
+        assert_eq!(region.next(0, &over, &mut Never), None);
+        // What comes in the last moment is taken.
+        let mut patience = scripted(&region, |count| {
+            if count == 9 {
+                region.post(9, BYTE, &Never);
+            }
+        });
+        assert_eq!(region.next(0, &over, &mut patience), Some(9));
+    }
+
+    #[test]
+    fn each_server_may_be_asleep_at_the_end() {
+        let region = Region::new();
+        let patience = scripted(&region, |_| {});
+        region.wake_servers(&patience);
+        assert_eq!(patience.took(), vec!["wake posted"; SLOTS]);
+    }
+
+    #[test]
+    fn an_entry_is_taken_once() {
+        let region = Region::new();
+        region.post(31, BYTE, &Never);
+        assert!(!region.take_slot(30) && region.take_slot(31) && !region.take_slot(31));
+        assert_eq!(region.posted(), 0);
+    }
+
+    #[test]
+    fn fresh_memory_is_no_ring_until_it_is_labelled() {
+        let region = Region::new();
+        assert!(region.is_labelled());
+        for word in [&region.magic, &region.version] {
+            word.store(0, Ordering::Relaxed);
+            assert!(!region.is_labelled());
+        }
+        region.label();
+        assert!(region.is_labelled());
+        region.magic.store(MAGIC, Ordering::Relaxed);
+        region.version.store(VERSION + 1, Ordering::Relaxed);
+        assert!(!region.is_labelled());
+    }
+
+    #[test]
+    fn who_waits_for_a_place_is_woken_by_one_that_comes_back_and_by_the_end() {
+        for ends in [false, true] {
+            let (places, over) = (Places::default(), AtomicBool::new(false));
+            let (ever, none) = (|| Duration::from_secs(3600), || Duration::ZERO);
+            while places.take(none, &over).is_some() {}
+            std::thread::scope(|scope| {
+                let (asks, asked) = std::sync::mpsc::channel();
+                let remaining = move || {
+                    // With the lock held: what follows finds it asleep.
+                    asks.send(()).unwrap();
+                    ever()
+                };
+                let (places, over) = (&places, &over);
+                let waiter = scope.spawn(move || places.take(remaining, over));
+                asked.recv().unwrap();
+                if ends {
+                    over.store(true, Ordering::SeqCst);
+                    places.wake_all();
+                } else {
+                    places.give_back(5);
+                }
+                assert_eq!(waiter.join().unwrap(), (!ends).then_some(5));
+            });
+        }
+    }
+
     #[test]
     fn what_writers_count_is_read_back() {
         let region = Region::new();
-        for counter in 0..100 {
+        for counter in (0..99).chain([usize::MAX]) {
             region.count_write(counter);
         }
         region.count_stall(Duration::from_micros(50));

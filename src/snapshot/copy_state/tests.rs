@@ -472,6 +472,23 @@ fn ascending_plan_comes_back_to_a_claim_that_failed() {
 }
 
 #[test]
+fn copier_goes_on_behind_a_claim_that_grew_unless_another_was_given_back() {
+    let mut state = state(10, false);
+    let mut first = claimed(state.claim_next(8, false));
+    let mut second = claimed(state.claim_next(8, false));
+    state.shrink(&mut first, 4);
+    state.grow(&mut second, 12);
+    assert_eq!(second.range(), ByteRange::new(8, 12));
+    let given_back = claimed(state.claim_next(8, false));
+    assert_eq!(given_back.range(), ByteRange::new(4, 4));
+    let mut third = claimed(state.claim_next(8, false));
+    assert_eq!(third.range(), ByteRange::new(20, 8));
+    state.grow(&mut third, 16);
+    state.finish(third, false);
+    assert_eq!(claimed(state.claim_next(8, false)).range(), ByteRange::new(36, 4));
+}
+
+#[test]
 fn claim_that_failed_is_tried_again_after_the_others() {
     let mut state = state(2, false);
     let first = claimed(state.claim_next(4, false));
