@@ -161,6 +161,35 @@ mod tests {
         }
     }
 
+    /// A row for each status, a column for each that may follow, both in the order of `Status::ALL`.
+    const FOLLOWERS: [&str; 10] = [
+        ".xx....x..",
+        "..x..x.x..",
+        ".x.....x..",
+        "..........",
+        "..........",
+        "......xx..",
+        ".......xx.",
+        "........x.",
+        ".........x",
+        "..........",
+    ];
+
+    #[test]
+    fn every_pair_of_status_and_next_is_decided() {
+        for (status, row) in Status::ALL.into_iter().zip(FOLLOWERS) {
+            for (next, mark) in Status::ALL.into_iter().zip(row.chars()) {
+                assert_eq!(status.may_become(next), mark == 'x', "{} to {}", status.name(), next.name());
+            }
+        }
+    }
+
+    #[test]
+    fn verbs_have_the_names_of_qmp() {
+        let names = ["cancel", "pause", "resume", "set-speed", "complete", "finalize", "dismiss", "change"];
+        assert_eq!(Verb::ALL.map(Verb::name), names);
+    }
+
     #[test]
     fn every_life_ends_in_null_and_never_goes_back() {
         for status in Status::ALL {

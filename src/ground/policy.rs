@@ -61,6 +61,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn actions_have_the_names_that_events_have() {
+        assert_eq!([Action::Report, Action::Ignore, Action::Stop].map(Action::name), ["report", "ignore", "stop"]);
+    }
+
+    #[test]
+    fn without_stop_everything_but_ignore_reports() {
+        for (policy, action) in
+            [(OnError::Ignore, Action::Ignore), (OnError::Stop, Action::Report), (OnError::Enospc, Action::Report)]
+        {
+            assert_eq!(policy.without_stop().action(true), action);
+        }
+    }
+
+    #[test]
     fn enospc_stops_for_a_full_target_only() {
         assert_eq!(OnError::Enospc.action(true), Action::Stop);
         assert_eq!(OnError::Enospc.action(false), Action::Report);

@@ -137,6 +137,17 @@ mod tests {
     }
 
     #[test]
+    fn an_extent_says_what_its_bytes_are() {
+        let range = ByteRange::new(3, 4);
+        let extents = [Extent::data(range), Extent::zero(range), Extent::unallocated(range)];
+        assert_eq!(
+            extents.map(|extent| extent.allocation),
+            [Allocation::Data, Allocation::Zero, Allocation::Unallocated]
+        );
+        assert_eq!(extents.map(|extent| extent.range), [range; 3]);
+    }
+
+    #[test]
     fn range_is_shown_as_hex_offset_and_length() {
         assert_eq!(ByteRange::new(0x40000, 65536).to_string(), "0x40000+65536");
         assert_eq!(format!("{:?}", ByteRange::new(0, 0)), "0x0+0");

@@ -106,3 +106,39 @@ impl Snapshot {
         self.data + self.zero
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_have_the_names_that_json_has() {
+        use Phase::{Cancel, Copy, Flush, Prepare, Publish, Verify};
+        let names = [Prepare, Copy, Flush, Verify, Publish, Cancel].map(Phase::name);
+        assert_eq!(names, ["prepare", "copy", "flush", "verify", "publish", "cancel"]);
+    }
+
+    #[test]
+    fn half_of_the_limit_is_not_past_it_and_without_a_limit_there_is_no_half() {
+        let used = |used, limit| OverlayUsage { used, peak: used, limit }.past_half();
+        assert!(!used(50, Some(100)) && used(51, Some(100)));
+        assert!(!used(u64::MAX, None));
+    }
+
+    #[test]
+    fn zeroes_are_done_as_data_is() {
+        let seen = Snapshot {
+            phase: Phase::Copy,
+            paused: None,
+            total: 9,
+            data: 3,
+            zero: 4,
+            verified: 0,
+            errors: 0,
+            speed_limit: None,
+            overlay: None,
+            writers: None,
+        };
+        assert_eq!(seen.done(), 7);
+    }
+}
