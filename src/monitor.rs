@@ -148,3 +148,15 @@ impl Warning {
         Self { code, range: None, errno: None, message }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_general_warning_is_about_no_bytes() {
+        let warning = Warning::general("no_flush", "the target can't flush".to_owned());
+        assert_eq!((warning.code, warning.message.as_str()), ("no_flush", "the target can't flush"));
+        assert_eq!((warning.range, warning.errno), (None, None));
+    }
+}

@@ -161,6 +161,7 @@ mod tests {
 
     #[test]
     fn search_past_the_end_finds_nothing() {
+        assert!(Bitmap::new(0).is_empty());
         let mut bitmap = Bitmap::new(65);
         bitmap.set(0..65);
         assert_eq!(bitmap.next_set(64, u64::MAX), Some(64));

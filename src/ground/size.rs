@@ -78,12 +78,12 @@ fn unit_bytes(unit: &str) -> Result<u64, &'static str> {
 fn scale(whole: &str, fraction: &str, unit: u64) -> Result<u64, &'static str> {
     let too_large = "it is larger than 16 EiB";
     let whole: u64 = whole.parse().map_err(|_| too_large)?;
-    let more_than_zero = whole > 0 || fraction.bytes().any(|digit| digit != b'0');
+    let has_fraction = fraction.bytes().any(|digit| digit != b'0');
     let fraction = &fraction[..fraction.len().min(FRACTION_DIGITS)];
     let parts = fraction.parse::<u128>().expect("at most 18 digits");
     let part_bytes = parts * u128::from(unit) / 10_u128.pow(fraction.len() as u32);
     let bytes = u128::from(whole) * u128::from(unit) + part_bytes;
-    if bytes == 0 && more_than_zero {
+    if bytes == 0 && has_fraction {
         return Err("it is less than one byte");
     }
     u64::try_from(bytes).map_err(|_| too_large)
@@ -107,7 +107,11 @@ impl fmt::Display for Bytes {
             unit = larger;
             value /= KIB as f64;
         }
-        let decimals = if value >= 99.95 { 0 } else { 1 + usize::from(value < 9.995) };
+        let decimals = match value {
+            99.95.. => 0,
+            9.995.. => 1,
+            _ => 2,
+        };
         f.pad(&format!("{value:.decimals$} {unit}"))
     }
 }

@@ -33,6 +33,15 @@ mod tests {
         assert_eq!(to_arrive_in(Duration::ZERO, 1000), None);
         assert_eq!(to_arrive_in(Duration::ZERO, 0), None);
         assert!(to_arrive_in(Duration::from_secs(u64::MAX), u64::MAX).is_some());
+        let second = Duration::from_secs(1);
+        assert_eq!(to_arrive_in(second, 9_000_000_000_000_000), None, "no disk is that fast");
+        assert_eq!(to_arrive_in(second, 8_999_999_999_999_999), Some(8_999_999_999_999_999));
+    }
+
+    #[test]
+    fn a_twentieth_is_kept_in_reserve_and_ten_minutes_at_most() {
+        assert_eq!(reserve(Duration::from_secs(1000)), Duration::from_secs(50));
+        assert_eq!(reserve(Duration::from_secs(86400)), Duration::from_secs(600));
     }
 
     #[test]

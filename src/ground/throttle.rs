@@ -14,7 +14,7 @@ const NANOS_PER_SECOND: i128 = 1_000_000_000;
 pub struct Throttle {
     /// Bytes per second; `None` is no limit.
     rate: Option<u64>,
-    /// In bytes times nanoseconds per second, so that nothing is ever rounded. Below zero it is a debt.
+    /// In bytes times nanoseconds per second, so that nothing is rounded while it lasts. Below zero it is a debt.
     balance: i128,
     /// Up to when the balance is reckoned; nothing before the first question.
     reckoned: Option<Duration>,
@@ -24,11 +24,6 @@ impl Throttle {
     /// `rate` in bytes per second; `None` and 0 are no limit.
     pub fn new(rate: Option<u64>) -> Self {
         Self { rate: limit(rate), balance: 0, reckoned: None }
-    }
-
-    /// Bytes per second; `None` is no limit.
-    pub fn rate(&self) -> Option<u64> {
-        self.rate
     }
 
     /// `bytes` were moved, or are about to be.
@@ -41,13 +36,9 @@ impl Throttle {
     /// How long to sleep before the next step; zero: go. Ask again after the sleep, however long it was.
     pub fn delay(&mut self, now: Duration) -> Duration {
         self.reckon(now);
-        match self.rate {
-            Some(rate) if self.balance < 0 => {
-                let nanos = self.balance.unsigned_abs().div_ceil(u128::from(rate));
-                Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
-            }
-            _ => Duration::ZERO,
-        }
+        let Some(rate) = self.rate else { return Duration::ZERO };
+        let debt = self.balance.min(0).unsigned_abs();
+        Duration::from_nanos(u64::try_from(debt.div_ceil(u128::from(rate))).unwrap_or(u64::MAX))
     }
 
     /// Changes the rate. Wake sleepers afterwards: a debt in bytes is sooner paid at a higher rate, and at a lower one
@@ -57,8 +48,8 @@ impl Throttle {
         let before = self.rate;
         self.rate = limit(rate);
         self.balance = match (before, self.rate) {
-            (Some(before), Some(rate)) if rate < before => scale(self.balance, rate, before),
-            (Some(_), Some(_)) => self.balance,
+            // Divided first: it can't overflow, and is off by less than a nanosecond.
+            (Some(before), Some(rate)) => self.balance / i128::from(before) * i128::from(rate.min(before)),
             _ => 0,
         };
     }
@@ -90,13 +81,6 @@ fn limit(rate: Option<u64>) -> Option<u64> {
 /// Bytes of one slice.
 fn worth(rate: u64) -> u64 {
     (u128::from(rate) * SLICE.as_nanos() / NANOS_PER_SECOND.unsigned_abs()) as u64
-}
-
-/// `value * to / from`, for `to < from`, without overflow.
-fn scale(value: i128, to: u64, from: u64) -> i128 {
-    let (to, from) = (i128::from(to), i128::from(from));
-    let (whole, rest) = (value / from, value % from);
-    whole * to + (rest * to) / from
 }
 
 #[cfg(test)]
@@ -226,11 +210,18 @@ mod tests {
     }
 
     #[test]
+    fn a_slice_is_shared_by_the_workers_down_to_the_smallest_step() {
+        let throttle = Throttle::new(Some(100 * MIB));
+        assert_eq!([0, 1, 4].map(|workers| throttle.step(workers)), [10 * MIB, 10 * MIB, 10 * MIB / 4]);
+        assert_eq!(throttle.step(1 << 20), SMALLEST_STEP);
+    }
+
+    #[test]
     fn no_limit_never_delays() {
         for rate in [None, Some(0)] {
             let mut throttle = Throttle::new(rate);
             throttle.charge(u64::MAX);
-            assert_eq!((throttle.delay(seconds(1)), throttle.rate()), (Duration::ZERO, None));
+            assert_eq!(throttle.delay(seconds(1)), Duration::ZERO);
             assert_eq!(throttle.step(1), u64::MAX);
         }
     }

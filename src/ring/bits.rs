@@ -43,6 +43,8 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #![proptest_config(crate::ground::cases(256))]
+
         #[test]
         fn bits_are_those_of_a_plain_model(
             frees in prop::collection::vec((0..300_u64, 0..300_u64), 0..8),

@@ -299,6 +299,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::ground::cases(256))]
+
         #[test]
         fn what_is_encoded_is_decoded(packet in any_packet()) {
             prop_assert_eq!(Packet::decode(&packet.encode()), Ok(packet));

@@ -12,12 +12,9 @@ const STEP_BITS: u32 = 3;
 /// The bucket of a wait.
 pub fn bucket(wait: Duration) -> usize {
     let units = (wait.as_nanos() >> UNIT_BITS).min(u128::from(u64::MAX)) as u64;
-    if units < 1 << STEP_BITS {
-        return units as usize;
-    }
-    let octave = units.ilog2();
-    let step = (units >> (octave - STEP_BITS)) as usize & ((1 << STEP_BITS) - 1);
-    ((((octave - STEP_BITS + 1) as usize) << STEP_BITS) + step).min(BUCKETS - 1)
+    // What is left of `units` begins with the octave's own bit, which makes the number of the next octave.
+    let shift = units.max(1).ilog2().saturating_sub(STEP_BITS);
+    (((shift as usize) << STEP_BITS) + (units >> shift) as usize).min(BUCKETS - 1)
 }
 
 /// The longest wait that falls into a bucket.
@@ -118,6 +115,19 @@ mod tests {
         assert_eq!(Stalls::default().quantile(50), Duration::ZERO);
         let sum = stalls.sum().as_secs_f64() * 1e6;
         assert!((500_500.0..500_500.0 * 1.126).contains(&sum), "{sum}");
+    }
+
+    #[test]
+    fn the_waits_of_two_writers_are_added_up() {
+        let waits = |micros: u64, count| {
+            let (wait, mut stalls) = (Duration::from_micros(micros), Stalls::default());
+            stalls.add((0..BUCKETS).map(|at| if at == bucket(wait) { count } else { 0 }), wait);
+            stalls
+        };
+        let mut both = waits(10, 3);
+        both.merge(&waits(1000, 1));
+        assert_eq!(both.max(), Duration::from_micros(1000));
+        assert!(both.quantile(75) < Duration::from_micros(12) && both.quantile(76) == both.max());
     }
 
     #[test]

@@ -117,6 +117,22 @@ mod tests {
     }
 
     #[test]
+    fn twice_the_shortest_wait_is_not_felt_yet() {
+        let mut courtesy = Courtesy::default();
+        courtesy.look(sample(MIB, 100, Duration::from_millis(1)));
+        // The shortest has risen by a thousandth.
+        let rate = courtesy.look(sample(8.0 * MIB, 100, Duration::from_micros(2002)));
+        assert_eq!(rate, Some(2 * FIRST));
+    }
+
+    #[test]
+    fn a_limit_of_which_less_than_half_is_used_is_not_raised() {
+        let mut courtesy = Courtesy::default();
+        let used = [8.0, 3.99, 4.0].map(|speed| courtesy.look(sample(speed * MIB, 0, LOOK)));
+        assert_eq!(used, [Some(FIRST), Some(FIRST), Some(2 * FIRST)]);
+    }
+
+    #[test]
     fn waits_that_nobody_minds_and_few_of_them_cost_no_speed() {
         for (wait, waits) in [(Duration::from_micros(10), 1000), (Duration::from_millis(1), ENOUGH - 1)] {
             assert!(simulate(100, wait, |_| waits)[20..].iter().all(|(speed, _)| *speed > 189.0));
