@@ -21,7 +21,7 @@ impl Digest {
         if self.length <= BLOCK {
             return None;
         }
-        let stretch = (self.length / STRETCHES).next_power_of_two().clamp(SMALLEST_STRETCH, LARGEST_STRETCH);
+        let stretch = stretch_of(self.length);
         if self.length <= stretch {
             return Some(self.root(&|range| self.subtree(range)));
         }
@@ -49,6 +49,11 @@ impl Digest {
             None => hash_of_zeroes(block),
         })
     }
+}
+
+/// Bytes of a stretch of a disk of `length` bytes.
+pub(super) fn stretch_of(length: u64) -> u64 {
+    (length / STRETCHES).next_power_of_two().clamp(SMALLEST_STRETCH, LARGEST_STRETCH)
 }
 
 /// The chaining value of `range` over the known ones of ranges of `unit` bytes.

@@ -189,7 +189,7 @@ impl Sums {
         let open = state.open.entry(number).or_default();
         open.covered += piece.length;
         let mut at = offset;
-        while subtree.size < BLOCK {
+        while subtree.size != BLOCK {
             let is_left = at.is_multiple_of(2 * subtree.size);
             let other = if is_left { at + subtree.size } else { at - subtree.size };
             // Where the disk ends, there is nothing to the right: the parent is the subtree itself.
@@ -216,7 +216,7 @@ impl Sums {
 
     /// Hashes what is left of a complete block, or puts that off; false when it is not as expected.
     fn settle(&self, block: Block) -> bool {
-        if block.is_mixed() && self.most_deferred > 0 {
+        if block.is_mixed() {
             let mut state = self.state();
             if state.deferred_parts + block.parts.len() <= self.most_deferred {
                 state.deferred_parts += block.parts.len();

@@ -171,6 +171,60 @@ fn zeroes_where_data_is_expected_are_seen() {
 }
 
 #[test]
+fn zeroes_are_compared_with_what_is_expected_in_their_place() {
+    let expected = Arc::new(Digest::new(5 * BLOCK, vec![(1, [7; 32]), (3, [8; 32])]).unwrap());
+    for (block, is_expected) in [true, false, true, false, true].into_iter().enumerate() {
+        let sums = Sums::new(5 * BLOCK, Some(expected.clone()));
+        assert_eq!(sums.add_zeroes(ByteRange::new(block as u64 * BLOCK, BLOCK)), is_expected, "block {block}");
+    }
+}
+
+#[test]
+fn who_completes_a_block_hears_that_it_is_not_as_expected() {
+    let (length, half) = (3 * BLOCK, BLOCK / 2);
+    let data = Sums::new(length, None);
+    data.add(0, &vec![7; BLOCK as usize]);
+    data.add_zeroes(ByteRange::between(BLOCK, length));
+    let expected = found(data).unwrap().digest;
+    assert_eq!(expected.length(), length);
+
+    let sums = Sums::new(length, Some(Arc::new(expected)));
+    assert!(sums.add(0, &vec![7; half as usize]));
+    // One block is completed wrongly, one is right, one is not complete.
+    assert!(!sums.add_zeroes(ByteRange::between(half, 2 * BLOCK + half)));
+    assert!(sums.add_zeroes(ByteRange::between(2 * BLOCK + half, length)));
+    assert_eq!(sums.differences(), [ByteRange::new(0, BLOCK)]);
+    let summed = sums.finish().unwrap();
+    assert_eq!((summed.length(), summed.differing()), (length, &[0][..]));
+}
+
+#[test]
+fn data_alone_is_never_put_off() {
+    let quarter = BLOCK / 4;
+    for quarters in [[2, 0, 1, 3], [2, 1, 0, 0]] {
+        let count = quarters.iter().max().unwrap() + 1;
+        let sums = Sums::deferring(count * quarter, 100);
+        for at in &quarters[..count as usize] {
+            sums.add(at * quarter, &vec![7; quarter as usize]);
+        }
+        assert_eq!(sums.finish().unwrap().deferred(), 0);
+    }
+}
+
+#[test]
+fn blocks_that_touch_are_one_range() {
+    let joined = [ByteRange::new(0, 2 * BLOCK), ByteRange::new(3 * BLOCK, 5)];
+    assert_eq!(ranges(3 * BLOCK + 5, [3, 1, 0]), joined);
+}
+
+#[test]
+fn stretches_are_some_thousands_of_a_bounded_size() {
+    for (length, stretch) in [(BLOCK, 16 << 20), (1 << 40, 256 << 20), (u64::MAX, 1 << 30)] {
+        assert_eq!(root::stretch_of(length), stretch);
+    }
+}
+
+#[test]
 fn a_sum_with_a_gap_is_none() {
     let sums = Sums::new(3 * BLOCK, None);
     sums.add(0, &vec![1; BLOCK as usize]);

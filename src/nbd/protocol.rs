@@ -33,7 +33,7 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 /// flags"): the two sides use the same bits.
 pub mod handshake {
     /// Fixed newstyle: unknown options get an answer.
-    pub const FIXED_NEWSTYLE: u16 = 1 << 0;
+    pub const FIXED_NEWSTYLE: u16 = 1;
     /// No 124 zero bytes after the answer to `NBD_OPT_EXPORT_NAME`.
     pub const NO_ZEROES: u16 = 1 << 1;
 }
@@ -41,7 +41,7 @@ pub mod handshake {
 /// Flags of an export (section "Transmission flags").
 pub mod transmission {
     /// Always set.
-    pub const HAS_FLAGS: u16 = 1 << 0;
+    pub const HAS_FLAGS: u16 = 1;
     /// Writes fail with `EPERM`.
     pub const READ_ONLY: u16 = 1 << 1;
     /// `NBD_CMD_FLUSH` is there.
@@ -101,23 +101,23 @@ pub mod option_reply {
     /// Set in every kind that is an error.
     pub const ERROR: u32 = 1 << 31;
     /// The server doesn't know this option.
-    pub const ERR_UNSUP: u32 = ERROR | 1;
+    pub const ERR_UNSUP: u32 = ERROR + 1;
     /// Forbidden by the server's configuration.
-    pub const ERR_POLICY: u32 = ERROR | 2;
+    pub const ERR_POLICY: u32 = ERROR + 2;
     /// The option makes no sense, or not now.
-    pub const ERR_INVALID: u32 = ERROR | 3;
+    pub const ERR_INVALID: u32 = ERROR + 3;
     /// Not on this platform.
-    pub const ERR_PLATFORM: u32 = ERROR | 4;
+    pub const ERR_PLATFORM: u32 = ERROR + 4;
     /// Only inside TLS.
-    pub const ERR_TLS_REQD: u32 = ERROR | 5;
+    pub const ERR_TLS_REQD: u32 = ERROR + 5;
     /// No such export.
-    pub const ERR_UNKNOWN: u32 = ERROR | 6;
+    pub const ERR_UNKNOWN: u32 = ERROR + 6;
     /// The server is going down.
-    pub const ERR_SHUTDOWN: u32 = ERROR | 7;
+    pub const ERR_SHUTDOWN: u32 = ERROR + 7;
     /// The export wants a client that asks for its block sizes.
-    pub const ERR_BLOCK_SIZE_REQD: u32 = ERROR | 8;
+    pub const ERR_BLOCK_SIZE_REQD: u32 = ERROR + 8;
     /// The option's data is too long.
-    pub const ERR_TOO_BIG: u32 = ERROR | 9;
+    pub const ERR_TOO_BIG: u32 = ERROR + 9;
 }
 
 /// Pieces of an export's description (section "Option types", `NBD_OPT_INFO` and `NBD_OPT_GO`).
@@ -155,7 +155,7 @@ pub mod command {
 /// Flags of a request (section "Command flags").
 pub mod command_flag {
     /// Durable at its reply.
-    pub const FUA: u16 = 1 << 0;
+    pub const FUA: u16 = 1;
     /// Zeroes must be allocated.
     pub const NO_HOLE: u16 = 1 << 1;
     /// The data of a read in one chunk.
@@ -169,7 +169,7 @@ pub mod command_flag {
 /// Chunks of a structured reply (section "Structured reply types").
 pub mod chunk {
     /// In a chunk's flags: the last one of its reply.
-    pub const DONE: u16 = 1 << 0;
+    pub const DONE: u16 = 1;
     /// Nothing but the end.
     pub const NONE: u16 = 0;
     /// u64 offset, then data.
@@ -181,15 +181,15 @@ pub mod chunk {
     /// Set in every kind that is an error.
     pub const IS_ERROR: u16 = 1 << 15;
     /// u32 error, u16 length of a message, the message.
-    pub const ERROR: u16 = IS_ERROR | 1;
+    pub const ERROR: u16 = IS_ERROR + 1;
     /// As [`ERROR`], then the u64 offset of the error.
-    pub const ERROR_OFFSET: u16 = IS_ERROR | 2;
+    pub const ERROR_OFFSET: u16 = IS_ERROR + 2;
 }
 
 /// Flags of an extent of `base:allocation` (section "`base:allocation` metadata context").
 pub mod allocation {
     /// Not allocated.
-    pub const HOLE: u32 = 1 << 0;
+    pub const HOLE: u32 = 1;
     /// Reads as zeroes.
     pub const ZERO: u32 = 1 << 1;
 }
@@ -575,6 +575,36 @@ mod tests {
         assert_eq!(&reply.encode(), b"\x67\x44\x66\x98\0\0\0\x1c\0\0\0\0\0\0\0\x07");
         let head = Chunk { flags: chunk::DONE, kind: chunk::ERROR_OFFSET, cookie: 7, length: 14 };
         assert_eq!(&head.encode(), b"\x66\x8e\x33\xef\0\x01\x80\x02\0\0\0\0\0\0\0\x07\0\0\0\x0e");
+    }
+
+    #[test]
+    fn flags_are_the_bits_that_the_protocol_numbers() {
+        let bits = |flags: &[u16]| flags.iter().map(|flag| flag.ilog2()).collect::<Vec<_>>();
+        {
+            use transmission::*;
+            let flags = [HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_FUA, ROTATIONAL, SEND_TRIM, SEND_WRITE_ZEROES, SEND_DF];
+            assert_eq!(bits(&flags), [0, 1, 2, 3, 4, 5, 6, 7]);
+            assert_eq!(bits(&[CAN_MULTI_CONN, SEND_CACHE, SEND_FAST_ZERO]), [8, 10, 11]);
+        }
+        {
+            use command_flag::*;
+            assert_eq!(bits(&[FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO]), [0, 1, 2, 3, 4]);
+        }
+        assert_eq!(bits(&[handshake::FIXED_NEWSTYLE, handshake::NO_ZEROES, chunk::DONE]), [0, 1, 0]);
+        assert_eq!((allocation::HOLE, allocation::ZERO), (1, 2));
+        assert_eq!((DEFAULT_MAXIMUM, LONGEST_STRING), (33_554_432, 4096));
+    }
+
+    #[test]
+    fn errors_have_the_numbers_of_the_protocol() {
+        {
+            use option_reply::*;
+            let errors = [ERR_UNSUP, ERR_POLICY, ERR_INVALID, ERR_PLATFORM, ERR_TLS_REQD];
+            assert_eq!(errors.map(|error| error - (1 << 31)), [1, 2, 3, 4, 5]);
+            let errors = [ERR_UNKNOWN, ERR_SHUTDOWN, ERR_BLOCK_SIZE_REQD, ERR_TOO_BIG];
+            assert_eq!(errors.map(|error| error - (1 << 31)), [6, 7, 8, 9]);
+        }
+        assert_eq!((chunk::ERROR, chunk::ERROR_OFFSET), (0x8001, 0x8002));
     }
 
     #[test]
