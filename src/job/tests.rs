@@ -245,7 +245,8 @@ fn a_look_has_what_was_counted() {
     }
     let job = running();
     assert_eq!((job.snapshot().overlay, job.snapshot().writers), (None, None));
-    job.set_gauges(Arc::new(Both));
+    let gauges = Arc::new(Both);
+    job.set_gauges(gauges.clone());
     job.set_total(1000);
     for bytes in [1, 2] {
         job.count_data(100 * bytes);
@@ -258,8 +259,10 @@ fn a_look_has_what_was_counted() {
     assert_eq!((seen.total, seen.data, seen.zero, seen.verified, seen.errors), (1000, 300, 30, 3, 2));
     assert_eq!((seen.phase, seen.paused), (Phase::Copy, Some(Pause::User)));
     assert_eq!((seen.overlay.unwrap().used, seen.writers.unwrap().attached), (60, 2));
-    job.settle();
-    assert_eq!((job.snapshot().overlay, job.snapshot().writers), (None, None));
+    job.end(true);
+    let last = job.snapshot();
+    assert_eq!((last.overlay.unwrap().used, last.writers.unwrap().attached), (60, 2));
+    assert_eq!(Arc::strong_count(&gauges), 1, "nothing is held open for watchers");
 }
 
 #[test]
@@ -288,9 +291,11 @@ fn one_thing_that_cannot_be_undone_any_more_is_told() {
 }
 
 #[test]
-fn a_settled_job_undoes_nothing() {
-    let job = running();
-    job.on_abandon(|| panic!("it is over"));
-    job.settle();
-    assert!(job.abandon());
+fn an_ended_job_undoes_nothing_and_says_whether_it_was_in_time() {
+    for in_time in [false, true] {
+        let job = running();
+        job.on_abandon(|| panic!("it is over"));
+        job.end(in_time);
+        assert_eq!(job.abandon(), in_time);
+    }
 }
