@@ -181,33 +181,35 @@ fn zeroes_are_compared_with_what_is_expected_in_their_place() {
 
 #[test]
 fn who_completes_a_block_hears_that_it_is_not_as_expected() {
-    let (length, half) = (3 * BLOCK, BLOCK / 2);
+    let (length, half) = (5 * BLOCK, BLOCK / 2);
     let data = Sums::new(length, None);
-    data.add(0, &vec![7; BLOCK as usize]);
-    data.add_zeroes(ByteRange::between(BLOCK, length));
+    data.add_zeroes(ByteRange::new(0, 2 * BLOCK));
+    data.add(2 * BLOCK, &vec![7; BLOCK as usize]);
+    data.add_zeroes(ByteRange::between(3 * BLOCK, length));
     let expected = found(data).unwrap().digest;
     assert_eq!(expected.length(), length);
 
     let sums = Sums::new(length, Some(Arc::new(expected)));
-    assert!(sums.add(0, &vec![7; half as usize]));
+    assert!(sums.add_zeroes(ByteRange::new(0, 2 * BLOCK)));
+    assert!(sums.add(2 * BLOCK, &vec![7; half as usize]));
     // One block is completed wrongly, one is right, one is not complete.
-    assert!(!sums.add_zeroes(ByteRange::between(half, 2 * BLOCK + half)));
-    assert!(sums.add_zeroes(ByteRange::between(2 * BLOCK + half, length)));
-    assert_eq!(sums.differences(), [ByteRange::new(0, BLOCK)]);
+    assert!(!sums.add_zeroes(ByteRange::between(2 * BLOCK + half, 4 * BLOCK + half)));
+    assert!(sums.add_zeroes(ByteRange::between(4 * BLOCK + half, length)));
+    assert_eq!(sums.differences(), [ByteRange::new(2 * BLOCK, BLOCK)]);
     let summed = sums.finish().unwrap();
-    assert_eq!((summed.length(), summed.differing()), (length, &[0][..]));
+    assert_eq!((summed.length(), summed.differing()), (length, &[2][..]));
 }
 
 #[test]
 fn data_alone_is_never_put_off() {
-    let quarter = BLOCK / 4;
-    for quarters in [[2, 0, 1, 3], [2, 1, 0, 0]] {
-        let count = quarters.iter().max().unwrap() + 1;
-        let sums = Sums::deferring(count * quarter, 100);
-        for at in &quarters[..count as usize] {
-            sums.add(at * quarter, &vec![7; quarter as usize]);
+    let piece = BLOCK / 8;
+    // A whole block, and one that the disk's end cuts.
+    for count in [8, 6] {
+        let sums = Sums::deferring(count * piece, 100);
+        for at in (0..count).rev() {
+            sums.add(at * piece, &vec![7; piece as usize]);
         }
-        assert_eq!(sums.finish().unwrap().deferred(), 0);
+        assert_eq!(sums.finish().unwrap().deferred(), 0, "{count} pieces");
     }
 }
 

@@ -349,6 +349,7 @@ mod tests {
         assert_eq!(text("name", b"\xff"), Err(Malformed::Text { of: "name" }));
         assert!(decode_server(b"\0\0\0\x02a").is_err());
         assert_eq!(decode_server(b"\0\0\0\x02abcomment"), Ok("ab"));
+        assert_eq!(decode_server(&encoded(|to| encode_server(to, "disk"))), Ok("disk"));
     }
 
     #[test]

@@ -292,19 +292,44 @@ mod tests {
         ] {
             let found = uri(text);
             assert_eq!((&found.address, found.export.as_str(), &found.tls), (&address, export, &None), "{text}");
-            assert_eq!(found.to_string(), text);
+            assert_eq!((found.to_string().as_str(), found.text()), (text, text));
         }
     }
 
     #[test]
+    fn an_address_is_shown_as_people_write_it() {
+        for (address, text) in [
+            (tcp("example.com", 1), "example.com:1"),
+            (tcp("::1", 10809), "[::1]:10809"),
+            (Address::Unix("/tmp/s".into()), "unix:/tmp/s"),
+        ] {
+            assert_eq!(address.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn names_and_paths_may_be_as_long_as_the_system_takes_them() {
+        let (name, path) = ("x".repeat(NAME_LIMIT), "s".repeat(SOCKET_PATH_LIMIT));
+        assert_eq!(uri(&format!("nbd://h/{name}")).export, name);
+        let text = format!("nbd+unix://?socket={path}");
+        assert_eq!(uri(&text).address, Address::Unix(path.into()));
+        assert!(refusal(&format!("{text}s")).ends_with("the socket's path is longer than 107 bytes"));
+    }
+
+    #[test]
     fn tls_verifies_the_server_unless_told_otherwise() {
-        let tls = |text| uri(text).tls.expect("TLS");
+        let tls = |text: &str| uri(text).tls.expect("TLS");
         let found = tls("nbds://h/x?tls-certificates=/etc/pki");
         assert_eq!((found.certificates, found.verify_peer), (Some("/etc/pki".into()), true));
         assert_eq!(found.server_name, "h");
         assert_eq!(tls("nbds+unix:///x?socket=s&tls-certificates=c").server_name, "localhost");
         assert_eq!(tls("nbds+unix:///?socket=s&tls-certificates=c&tls-hostname=h2").server_name, "h2");
-        assert!(!tls("nbds://h?tls-verify-peer=false").verify_peer);
+        for (word, verifies) in
+            [("false", false), ("NO", false), ("0", false), ("true", true), ("On", true), ("1", true)]
+        {
+            let found = tls(&format!("nbds://h?tls-certificates=c&tls-verify-peer={word}"));
+            assert_eq!(found.verify_peer, verifies, "{word}");
+        }
     }
 
     #[test]
@@ -331,6 +356,8 @@ mod tests {
             ("nbd+unix:///x?socket=s&socket=t", "socket is given twice"),
             ("nbd://h?a=b", "unknown parameter 'a' (known: socket, tls-certificates, tls-hostname, tls-verify-peer)"),
             ("nbd://h?tls-verify-peer=false", "tls-… parameters are for nbds and nbds+unix"),
+            ("nbd://h?tls-hostname=x", "tls-… parameters are for nbds and nbds+unix"),
+            ("nbd://h?tls-certificates=c", "tls-… parameters are for nbds and nbds+unix"),
             ("nbds://h", "tls-certificates=DIR is missing: the folder with ca-cert.pem"),
             ("nbds://h?tls-psk-file=f", "tls-psk-file: TLS with pre-shared keys is not supported"),
             ("nbds://h?tls-verify-peer=perhaps", "tls-verify-peer is true or false"),
