@@ -2,6 +2,7 @@
 
 use super::tls::{ClientTls, ServerTls, Session};
 use super::uri::Address;
+use rustix::io::retry_on_intr;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{AddressFamily, SendAncillaryBuffer, SendFlags, SocketFlags, SocketType};
 use std::io::{self, IoSlice, Read, Write};
@@ -100,11 +101,9 @@ impl Stream {
         // Empty parts in front count as sent.
         IoSlice::advance_slices(&mut parts, 0);
         while !parts.is_empty() {
-            match self.socket.write_vectored(parts) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(sent) => IoSlice::advance_slices(&mut parts, sent),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            match self.socket.write_vectored(parts)? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                sent => IoSlice::advance_slices(&mut parts, sent),
             }
         }
         Ok(())
@@ -167,12 +166,13 @@ impl Socket {
 
     /// Never raises SIGPIPE: the library may live in a process that does not ignore it.
     pub(super) fn write(&self, buf: &[u8]) -> io::Result<usize> {
-        Ok(rustix::net::send(self, buf, SendFlags::NOSIGNAL)?)
+        Ok(retry_on_intr(|| rustix::net::send(self, buf, SendFlags::NOSIGNAL))?)
     }
 
     fn write_vectored(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         let parts = &parts[..parts.len().min(MOST_PARTS)];
-        Ok(rustix::net::sendmsg(self, parts, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)?)
+        let nothing_more = SendAncillaryBuffer::default;
+        Ok(retry_on_intr(|| rustix::net::sendmsg(self, parts, &mut nothing_more(), SendFlags::NOSIGNAL))?)
     }
 
     pub(super) fn set_timeout(&self, which: Timeout, timeout: Option<Duration>) -> io::Result<()> {
@@ -250,8 +250,11 @@ fn connect_tcp(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream
 mod tests {
     use super::*;
     use crate::nbd::uri::TlsChoice;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use rustls::{ServerConfig, ServerConnection, StreamOwned};
     use std::path::Path;
     use std::process::{Command, Stdio};
+    use std::sync::Arc;
     use std::thread;
 
     const TIMEOUT: Duration = Duration::from_secs(10);
@@ -365,11 +368,94 @@ mod tests {
         let server = ServerTls::new(folder.path()).unwrap();
         let (silent, other) = UnixStream::pair().unwrap();
         let refused = Stream::unix(other).start_tls_server(&server, Duration::from_millis(50)).unwrap_err();
-        assert_eq!(refused.kind(), io::ErrorKind::TimedOut);
+        assert_eq!((refused.kind(), refused.to_string().as_str()), (io::ErrorKind::TimedOut, "timed out"));
         drop(silent);
+        let (_, other) = UnixStream::pair().unwrap();
+        let refused = Stream::unix(other).start_tls_server(&server, TIMEOUT).unwrap_err();
+        assert_eq!(refused.to_string(), "the peer hung up during the TLS handshake");
         let (chatty, other) = UnixStream::pair().unwrap();
         Stream::unix(chatty).write_all(b"NBDMAGIC and no TLS at all").unwrap();
         assert!(Stream::unix(other).start_tls_server(&server, TIMEOUT).unwrap_err().to_string().starts_with("TLS: "));
+    }
+
+    #[test]
+    fn a_client_may_be_anonymous_where_no_authority_is_named() {
+        let folder = certificates();
+        assert!(ServerTls::new(folder.path()).unwrap().verifies_clients());
+        std::fs::remove_file(folder.path().join("ca-cert.pem")).unwrap();
+        assert!(!ServerTls::new(folder.path()).unwrap().verifies_clients());
+    }
+
+    #[test]
+    fn a_file_without_a_certificate_is_named_and_never_quoted() {
+        let folder = certificates();
+        for (contents, why) in
+            [("secret", "it holds no certificate in PEM"), ("-----BEGIN CERTIFICATE-----\n!", "it is not PEM")]
+        {
+            let path = folder.path().join("ca-cert.pem");
+            std::fs::write(&path, contents).unwrap();
+            let error = ServerTls::new(folder.path()).unwrap_err().to_string();
+            assert_eq!(error, format!("'{}': {why}", path.display()));
+        }
+    }
+
+    #[test]
+    fn the_end_is_announced_in_tls() {
+        use rustls::pki_types::pem::PemObject;
+        let folder = certificates();
+        let file = |name: &str| folder.path().join(name);
+        let chain = CertificateDer::pem_file_iter(file("server-cert.pem")).unwrap().map(Result::unwrap).collect();
+        let key = PrivateKeyDer::from_pem_file(file("server-key.pem")).unwrap();
+        let builder = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
+        let builder = builder.with_safe_default_protocol_versions().unwrap().with_no_client_auth();
+        let mut config = builder.with_single_cert(chain, key).unwrap();
+        // They would be sent to a client that may have gone.
+        config.send_tls13_tickets = 0;
+        let server = ServerConnection::new(Arc::new(config)).unwrap();
+        let client = ClientTls::new(&choice(folder.path())).unwrap();
+        let (one, other) = UnixStream::pair().unwrap();
+        thread::scope(|scope| {
+            // Whoever asks rustls itself hears of an end without a farewell as an error.
+            let serving = scope.spawn(|| StreamOwned::new(server, other).read(&mut [0]).unwrap());
+            Stream::unix(one).start_tls_client(&client, TIMEOUT).unwrap().shutdown();
+            assert_eq!(serving.join().unwrap(), 0);
+        });
+    }
+
+    #[test]
+    fn it_connects_by_a_name_and_by_a_path() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let one = Stream::connect(&Address::Tcp { host: "127.0.0.1".to_owned(), port }, TIMEOUT).unwrap();
+        let other = Stream::tcp(listener.accept().unwrap().0).unwrap();
+        talk([&one, &other]);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let one = Stream::connect(&Address::Unix(path), TIMEOUT).unwrap();
+        let mut other = listener.accept().unwrap().0;
+        assert!(!one.is_tls());
+        assert_eq!((&one).write(b"abc").unwrap(), 3);
+        let mut found = [0; 3];
+        other.read_exact(&mut found).unwrap();
+        assert_eq!(&found, b"abc");
+    }
+
+    #[test]
+    fn a_peer_that_stands_still_is_waited_for_as_long_as_was_said() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        let stream = Stream::unix(one);
+        stream.set_read_timeout(Some(Duration::ZERO)).unwrap();
+        stream.set_write_timeout(Some(Duration::ZERO)).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(stream.write_all(&vec![0; BYTES]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_write_to_who_is_gone_fails() {
+        let (one, other) = UnixStream::pair().unwrap();
+        drop(other);
+        assert_eq!(Stream::unix(one).write_all(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[test]

@@ -133,14 +133,14 @@ impl Session {
     fn begin(mut connection: Connection, socket: &Socket, timeout: Duration) -> io::Result<Self> {
         let mut until = Until { socket, deadline: Instant::now() + timeout };
         while connection.is_handshaking() {
-            connection.complete_io(&mut until).map_err(|error| match error.get_ref() {
-                Some(inner) if inner.is::<rustls::Error>() => {
-                    explained(inner.downcast_ref::<rustls::Error>().expect("asked").clone())
+            connection.complete_io(&mut until).map_err(|error| {
+                match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+                    Some(why) => explained(why.clone()),
+                    None if error.kind() == io::ErrorKind::UnexpectedEof => {
+                        io::Error::new(error.kind(), "the peer hung up during the TLS handshake")
+                    }
+                    None => error,
                 }
-                _ if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    io::Error::new(error.kind(), "the peer hung up during the TLS handshake")
-                }
-                _ => error,
             })?;
         }
         while connection.wants_write() {
@@ -173,12 +173,10 @@ impl Session {
     fn decrypt(&self, socket: &Socket, incoming: &mut Incoming, buf: &mut [u8]) -> io::Result<Option<usize>> {
         let mut connection = self.lock();
         loop {
-            match connection.reader().read(buf) {
-                Ok(length) => return Ok(Some(length)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // Without a farewell: an end all the same, and NBD says itself whether it was expected.
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Some(0)),
-                Err(error) => return Err(error),
+            // An error means that nothing is decrypted: it is never told of an end without a farewell, which is one all the
+            // same, and NBD says itself whether it was expected.
+            if let Ok(length) = connection.reader().read(buf) {
+                return Ok(Some(length));
             }
             if incoming.start == incoming.end {
                 return Ok(None);
@@ -250,11 +248,9 @@ fn take_out(connection: &mut Connection, ciphertext: &mut Vec<u8>) -> io::Result
 fn send(socket: &Socket, ciphertext: &mut Vec<u8>) -> io::Result<()> {
     let mut sent = 0;
     while sent < ciphertext.len() {
-        match socket.write(&ciphertext[sent..]) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(length) => sent += length,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(timed_out(error)),
+        match socket.write(&ciphertext[sent..]).map_err(timed_out)? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            length => sent += length,
         }
     }
     ciphertext.clear();

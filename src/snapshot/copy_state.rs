@@ -258,7 +258,7 @@ impl CopyState {
         let mut cluster = touched.start;
         while cluster < touched.end {
             if self.must_preserve(cluster) {
-                let end = (cluster + 1..touched.end).find(|&c| !self.must_preserve(c)).unwrap_or(touched.end);
+                let end = (cluster..touched.end).find(|&c| !self.must_preserve(c)).unwrap_or(touched.end);
                 return Trap::Preserve(self.claim(cluster..end, Work::Capture));
             }
             wait |= !self.is_free(cluster);

@@ -249,6 +249,40 @@ fn overlay_first_takes_what_the_overlay_holds() {
 }
 
 #[test]
+fn what_the_overlay_holds_can_be_claimed_alone() {
+    let tracker = tracker(4);
+    assert!(tracker.claim_saved(CLUSTER).is_none());
+    assert_eq!(tracker.before_write(ByteRange::new(2 * CLUSTER, 2 * CLUSTER), save), Ok(Granted::Write));
+    let claim = tracker.claim_saved(CLUSTER).unwrap();
+    assert_eq!(claim.range(), cluster(2));
+    assert_eq!(claim.finish(true), [cluster(2)]);
+    tracker.stop();
+    assert!(tracker.claim_saved(CLUSTER).is_none(), "it is over");
+}
+
+#[test]
+fn a_claim_grows_over_what_is_dirty() {
+    let tracker = tracker(4);
+    tracker.before_write(cluster(3), save).unwrap();
+    let last = tracker.claim_saved(CLUSTER).unwrap();
+    let mut claim = tracker.claim_next(CLUSTER).unwrap();
+    claim.grow(2 * CLUSTER);
+    assert_eq!(claim.range(), ByteRange::new(0, 2 * CLUSTER));
+    claim.grow(u64::MAX);
+    assert_eq!(claim.range(), ByteRange::new(0, 3 * CLUSTER));
+    drop(last);
+}
+
+#[test]
+fn each_write_that_asks_is_counted_once() {
+    let tracker = tracker(1000);
+    for count in 1..4 {
+        tracker.before_write(ByteRange::new(0, 1000 * CLUSTER), save).unwrap();
+        assert_eq!(tracker.trapped(), count);
+    }
+}
+
+#[test]
 fn free_map_is_told_of_every_run_in_order() {
     let tracker = tracker(6);
     tracker.before_write(cluster(5), save).unwrap();
