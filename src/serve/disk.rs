@@ -278,6 +278,7 @@ impl Disk {
         let looked_at = self.guess.is_some() && range.offset < probe::LENGTH as u64;
         let Some(file) = self.image.file().filter(|_| !looked_at) else { return Ok(false) };
         let Some(_bracket) = self.change(range)? else { return Ok(true) };
+        hold::at(Place::Writing);
         write(file).map(|()| true)
     }
 

@@ -3,59 +3,23 @@
 //! `DRIVE_BACKUP_SWEEP=all` tries every signal at every place.
 
 use crate::kit::HANGS;
+use crate::support::hold::Hold;
 use crate::support::{self, BINARY, Running, text, wait_for};
 use crate::trail::{self, Typist};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use std::io::{BufRead, BufReader, Read};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
 
 /// Where a backup is held, in the order in which it comes there.
 const PLACES: [&str; 9] =
     ["Opened", "Frozen", "Copying", "Capturing", "Flushing", "Verifying", "Publishing", "Renamed", "Published"];
 const OLD: &[u8] = b"what was there before";
 const PARTIAL: &str = ".copy.drive-backup-partial";
-
-/// A socket at which a process is held.
-struct Hold {
-    listener: UnixListener,
-    variable: String,
-}
-
-impl Hold {
-    fn at(place: &str, folder: &Path) -> Self {
-        let path = folder.join("hold");
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path).unwrap();
-        listener.set_nonblocking(true).unwrap();
-        let variable = format!("{place}:{}", text(&path));
-        Self { listener, variable }
-    }
-
-    /// Waits until `held` has come there. It goes on when the socket is dropped.
-    #[track_caller]
-    fn reached(&self, held: &mut Running) -> UnixStream {
-        let has_ended = |held: &mut Running| {
-            if held.has_ended() {
-                let stderr = held.child().stderr.take().map(|stderr| std::io::read_to_string(stderr).unwrap());
-                panic!("it never came to {}: {stderr:?}", self.variable);
-            }
-        };
-        let (mut socket, _) = wait_for("the process", || {
-            has_ended(held);
-            self.listener.accept().ok()
-        });
-        socket.set_nonblocking(true).unwrap();
-        wait_for("the place", || {
-            has_ended(held);
-            socket.read_exact(&mut [0]).ok()
-        });
-        socket
-    }
-}
 
 struct Scene {
     folder: tempfile::TempDir,
@@ -107,7 +71,7 @@ impl Scene {
             "Verifying" => _ = command.arg("--verify"),
             _ => {}
         }
-        let mut running = Running::start(command.env("DRIVE_BACKUP_HOLD", &hold.variable));
+        let mut running = Running::start(command.env("DRIVE_BACKUP_HOLD", hold.variable()));
         let lines = lines_of(&mut running);
         let hold = Some(hold.reached(&mut running));
         Held { running, hold, lines, records: Vec::new() }
@@ -296,7 +260,7 @@ fn stopped_at_any_place_a_backup_holds_nobody_and_never_publishes_what_it_missed
 fn asking_writer(folder: &Path, hold: &Hold) -> Running {
     let mut writer = Command::new(std::env::current_exe().unwrap());
     writer.args(["--exact", "death::another_process_writes"]).env("DRIVE_BACKUP_TEST_ROLE", "writer");
-    writer.env("DRIVE_BACKUP_HOLD", &hold.variable).current_dir(folder);
+    writer.env("DRIVE_BACKUP_HOLD", hold.variable()).current_dir(folder);
     Running::start(writer.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()))
 }
 
@@ -326,44 +290,140 @@ fn a_writer_that_dies_or_stops_before_it_asks_costs_nothing() {
     }
 }
 
-/// A server of NBD in front of a file: the daemon of a target.
-fn nbd_target(folder: &Path) -> (Running, String) {
+/// Servers of NBD in front of a file, `behind`: the daemons of targets.
+const DAEMONS: [&str; 2] = ["qemu-nbd", "drive-backup serve"];
+
+fn nbd_target(daemon: &str, folder: &Path) -> (Running, String) {
     let (behind, socket) = (folder.join("behind"), folder.join("nbd"));
     support::sparse_file(&behind, trail::BLOCKS * trail::BLOCK);
-    let mut daemon = Command::new("qemu-nbd");
-    let mut daemon = Running::start(daemon.args(["-t", "-f", "raw", "-k", text(&socket), text(&behind)]));
-    wait_for("the server's socket", || {
+    let _ = std::fs::remove_file(&socket);
+    let mut command = Command::new("qemu-nbd");
+    command.args(["-t", "-f", "raw", "-k", text(&socket), text(&behind)]);
+    if daemon != "qemu-nbd" {
+        let (address, meet) = (format!("unix:{}", text(&socket)), folder.join("meet-of-target"));
+        command = support::command(&["serve", "-q", "--device", text(&behind), "--format", "raw", "--nbd", &address]);
+        command.arg("--writer-dir").arg(meet);
+    }
+    let mut daemon = Running::start(&mut command);
+    wait_for("the server", || {
         assert!(!daemon.has_ended());
-        socket.exists().then_some(())
+        UnixStream::connect(&socket).ok()
     });
     (daemon, format!("nbd+unix:///?socket={}", text(&socket)))
 }
 
-#[test]
-fn a_target_whose_daemon_dies_at_any_place_is_incomplete_and_its_writer_goes_on() {
-    for place in ["Copying", "Flushing", "Verifying"] {
-        let scene = Scene::new();
-        let (daemon, uri) = nbd_target(scene.folder.path());
-        let hold = Hold::at(place, scene.folder.path());
-        let (disk, meet) = (scene.path("disk"), scene.path("meet"));
-        let mut command =
-            support::command(&["--device", text(&disk), "--target", &uri, "--json", "--mode", "existing"]);
-        command.args(["--writer-dir", text(&meet), "--overlay", "memory", "--reconnect-delay", "0.1", "--verify"]);
-        command.args(["--cbw-timeout", "60", "--freeze-timeout", "60", "--format", "raw"]);
-        let mut running = Running::start(command.env("DRIVE_BACKUP_HOLD", &hold.variable));
+/// Every daemon at every place, or of each place the one whose turn it is.
+fn daemons_at(places: &[&'static str]) -> Vec<(&'static str, &'static str)> {
+    let daemons =
+        |turn: usize| (0..2).filter(move |&at| is_wide() || (turn + at).is_multiple_of(2)).map(|at| DAEMONS[at]);
+    places.iter().enumerate().flat_map(|(turn, &place)| daemons(turn).map(move |daemon| (daemon, place))).collect()
+}
+
+impl Scene {
+    /// A backup to a daemon that has come to `place`.
+    #[track_caller]
+    fn held_with_daemon(&self, uri: &str, place: &str, more: &[&str]) -> Held {
+        let hold = Hold::at(place, self.folder.path());
+        let (disk, meet) = (self.path("disk"), self.path("meet"));
+        let mut command = support::command(&["--device", text(&disk), "--target", uri, "--json", "--mode", "existing"]);
+        command.args(["--writer-dir", text(&meet), "--overlay", "memory", "--progress-interval", "0.1"]);
+        command.args(["--cbw-timeout", "60", "--freeze-timeout", "60", "--format", "raw"]).args(more);
+        let mut running = Running::start(command.env("DRIVE_BACKUP_HOLD", hold.variable()));
         let lines = lines_of(&mut running);
         let hold = Some(hold.reached(&mut running));
+        Held { running, hold, lines, records: Vec::new() }
+    }
+
+    #[track_caller]
+    fn writer_is_well(&self, what: &str) {
+        self.typist.goes_on(2 * trail::BLOCKS);
+        assert_eq!(self.typist.failures(), [0; 0], "{what}");
+    }
+}
+
+impl Held {
+    /// Let go, it comes to stand still, and says so; of a flush it is not known how long it takes.
+    #[track_caller]
+    fn stalls(&mut self, what: &str) {
+        self.hold = None;
+        let since = Instant::now();
+        while since.elapsed() < HANGS {
+            let line = self.lines.recv_timeout(HANGS).unwrap_or_else(|_| panic!("{what}: {:?}", self.records));
+            self.records.push(record(&line));
+            let last = self.records.last().unwrap();
+            if last["phase"] == "flush" || last["seconds_stalled"].as_f64().is_some_and(|seconds| seconds > 0.0) {
+                return;
+            }
+        }
+        panic!("{what}: it does not stand still: {:?}", self.records.last());
+    }
+
+    /// Its end, which comes soon, and leaves the target incomplete.
+    #[track_caller]
+    fn ends_incomplete(self, code: i32, reason: &str, what: &str) {
+        let since = Instant::now();
+        let (found, last) = self.end();
+        let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
+        assert_eq!(
+            (found, &last["exit_code"], &last["reason"]),
+            (code, &code.into(), &reason.into()),
+            "{what}: {last}"
+        );
+        assert_eq!(last["target_state"], "incomplete", "{what}: {last}");
+        assert!(since.elapsed() < support::PATIENCE / 3, "{what}: {:?}", since.elapsed());
+    }
+}
+
+#[test]
+fn a_target_whose_daemon_dies_at_any_place_is_incomplete_and_its_writer_goes_on() {
+    for (daemon, place) in daemons_at(&["Copying", "Flushing", "Verifying"]) {
+        let (what, scene) = (format!("{daemon} at {place}"), Scene::new());
+        let (daemon, uri) = nbd_target(daemon, scene.folder.path());
+        let held = scene.held_with_daemon(&uri, place, &["--reconnect-delay", "0.1", "--verify"]);
         daemon.signal(Signal::SIGKILL);
         drop(daemon);
-        let (code, last) = Held { running, hold, lines, records: Vec::new() }.let_go();
-        let last = last.unwrap_or_else(|| panic!("{place}: no last record"));
-        assert_eq!(
-            (&last["exit_code"], &last["target_state"]),
-            (&code.into(), &"incomplete".into()),
-            "{place}: {last}"
-        );
-        assert!(code == 5 || code == 7 && place == "Verifying", "{place}: {last}");
-        scene.typist.goes_on(2 * trail::BLOCKS);
-        assert_eq!(scene.typist.failures(), [0; 0], "{place}");
+        let (code, last) = held.let_go();
+        let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
+        assert_eq!((&last["exit_code"], &last["target_state"]), (&code.into(), &"incomplete".into()), "{what}: {last}");
+        assert!(code == 5 || code == 7 && place == "Verifying", "{what}: {last}");
+        scene.writer_is_well(&what);
+    }
+}
+
+#[test]
+fn a_target_whose_daemon_stands_still_is_waited_for_and_holds_no_writer() {
+    for (daemon, place) in daemons_at(&["Copying", "Flushing"]) {
+        let (what, scene) = (format!("{daemon} at {place}"), Scene::new());
+        let (daemon, uri) = nbd_target(daemon, scene.folder.path());
+        let mut held = scene.held_with_daemon(&uri, place, &[]);
+        daemon.signal(Signal::SIGSTOP);
+        held.stalls(&what);
+        scene.writer_is_well(&what);
+        daemon.signal(Signal::SIGCONT);
+        let (code, last) = held.end();
+        let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
+        assert_eq!((code, &last["exit_code"], &last["durable"]), (0, &0.into(), &true.into()), "{what}: {last}");
+        trail::check(&std::fs::read(scene.path("behind")).unwrap());
+    }
+}
+
+#[test]
+fn a_target_whose_daemon_stands_still_is_given_up_on_request_and_in_time() {
+    for (daemon, place) in daemons_at(&["Flushing", "Copying"]) {
+        let (what, scene) = (format!("{daemon} at {place}"), Scene::new());
+        let (daemon, uri) = nbd_target(daemon, scene.folder.path());
+        let mut held = scene.held_with_daemon(&uri, place, &[]);
+        daemon.signal(Signal::SIGSTOP);
+        held.stalls(&what);
+        held.running.signal(Signal::SIGTERM);
+        held.ends_incomplete(143, "signal", &what);
+        daemon.signal(Signal::SIGCONT);
+        // A server that was given up goes on for the next backup.
+        let held = scene.held_with_daemon(&uri, place, &["--timeout", "2"]);
+        daemon.signal(Signal::SIGSTOP);
+        let Held { running, hold, lines, records } = held;
+        drop(hold);
+        Held { running, hold: None, lines, records }.ends_incomplete(10, "deadline", &what);
+        scene.writer_is_well(&what);
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod bytes;
 pub mod fault;
+pub mod hold;
 
 use std::fs::File;
 use std::io::Read;
