@@ -18,7 +18,7 @@ use crate::image::lock::{self, Mark};
 use crate::image::medium::Identity;
 use partial::Partial;
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, Permissions};
 use std::io;
@@ -119,7 +119,7 @@ impl Publish {
         let failed = |e: io::Error| Error::file(Side::Target, "create", &target, e);
         let (folder_path, name) = split(&target).map_err(failed)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = rustix::fs::open(folder_path, flags, Mode::empty())
+        let folder = retry_on_intr(|| rustix::fs::open(folder_path, flags, Mode::empty()))
             .map_err(|e| Error::file(Side::Target, "open the folder of", &target, e.into()))?;
         let folder = File::from(folder);
         let old = Old::find(&folder, name, &target)?;
@@ -336,7 +336,7 @@ impl Old {
         }
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         // A file that can't be read is replaced like any other, without a way back.
-        let held = rustix::fs::openat(folder, name, flags, Mode::empty()).ok().map(File::from);
+        let held = retry_on_intr(|| rustix::fs::openat(folder, name, flags, Mode::empty())).ok().map(File::from);
         if let Some(file) = &held {
             lock::refuse_writer(file, target, Side::Target)?;
             // Unsupported marks are the partial file's business.

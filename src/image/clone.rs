@@ -1,7 +1,7 @@
 //! A point-in-time clone of a file in one system call, where the file system shares extents (xfs, btrfs, …).
 
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -12,7 +12,7 @@ use std::path::Path;
 /// `None` where file system, space or permissions don't allow it. Blocks while dirty pages of `source` are written.
 pub fn clone_unlinked(source: &File, folder: &Path) -> io::Result<Option<File>> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let clone = match rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR) {
+    let clone = match retry_on_intr(|| rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR)) {
         Ok(fd) => File::from(fd),
         // A kernel or file system without O_TMPFILE takes the call for an attempt to write the folder.
         Err(errno) if is_refusal(errno) || matches!(errno, Errno::ISDIR | Errno::NOENT) => return Ok(None),

@@ -2,6 +2,7 @@
 
 use super::medium::Medium;
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::io::{Errno, retry_on_intr};
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, DerefMut};
@@ -23,13 +24,12 @@ impl Direct {
     pub fn reopen(file: &File, medium: Medium) -> io::Result<Self> {
         let access = rustix::fs::fcntl_getfl(file)? & OFlags::ACCMODE;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let fd =
-            rustix::fs::open(path, access | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty()).map_err(|e| match e {
-                rustix::io::Errno::INVAL => {
-                    io::Error::new(io::ErrorKind::Unsupported, "the file system has no direct I/O (O_DIRECT)")
-                }
-                e => e.into(),
-            })?;
+        let flags = access | OFlags::DIRECT | OFlags::CLOEXEC;
+        let opened = retry_on_intr(|| rustix::fs::open(&path, flags, Mode::empty()));
+        let fd = opened.map_err(|e| match e {
+            Errno::INVAL => io::Error::new(io::ErrorKind::Unsupported, "the file system has no direct I/O (O_DIRECT)"),
+            e => e.into(),
+        })?;
         Ok(Self { alignment: alignment(file, medium)?, file: File::from(fd) })
     }
 

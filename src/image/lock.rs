@@ -155,10 +155,8 @@ struct Other {
 
 fn take(lock: &ImageLock) -> Result<Option<Other>, Errno> {
     for byte in lock.terms.bytes() {
-        match set(&lock.file, libc::F_RDLCK, byte) {
-            // Not QEMU's way, yet somebody has it for himself.
-            Err(Errno::EAGAIN | Errno::EACCES) => return find_lock(&lock.file, libc::F_RDLCK, byte),
-            other => other?,
+        if let Some(other) = take_byte(&lock.file, byte)? {
+            return Ok(Some(other));
         }
     }
     for byte in lock.terms.contradictions() {
@@ -169,12 +167,36 @@ fn take(lock: &ImageLock) -> Result<Option<Other>, Errno> {
     Ok(None)
 }
 
+/// So often it may be let go between a refusal and the look at whose lock was in the way.
+const TRIES: u32 = 100;
+
+fn take_byte(file: &File, byte: i64) -> Result<Option<Other>, Errno> {
+    for _ in 0..TRIES {
+        match set(file, libc::F_RDLCK, byte) {
+            // Not QEMU's way, yet somebody has it for himself.
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                if let Some(other) = find_lock(file, libc::F_RDLCK, byte)? {
+                    return Ok(Some(other));
+                }
+            }
+            other => return other.map(|()| None),
+        }
+    }
+    Ok(Some(Other { byte, pid: None }))
+}
+
 fn request(kind: i32, byte: i64) -> libc::flock {
     libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
 }
 
 fn set(file: &File, kind: i32, byte: i64) -> Result<(), Errno> {
-    fcntl(file, FcntlArg::F_OFD_SETLK(&request(kind, byte))).map(|_| ())
+    loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&request(kind, byte))) {
+            // It does not wait for the other's lock; a file system's server may.
+            Err(Errno::EINTR) => {}
+            other => return other.map(drop),
+        }
+    }
 }
 
 /// The lock that would be in the way of ours.

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Kind, Result, Side};
 use rustix::fs::{Mode, OFlags};
+use rustix::io::retry_on_intr;
 use std::fs::{File, FileType, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -78,7 +79,7 @@ pub fn open(path: &Path, access: Access, side: Side) -> Result<(File, Medium)> {
         Access::Write if file_type.is_block_device() => OFlags::RDWR | OFlags::EXCL,
         Access::Write => OFlags::RDWR,
     };
-    let file = match rustix::fs::open(path, flags, Mode::empty()) {
+    let file = match retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty())) {
         Ok(fd) => File::from(fd),
         Err(rustix::io::Errno::BUSY) => {
             let what = format!("open {side} '{}': the device is mounted or in use", path.display());

@@ -4,7 +4,7 @@ use crate::error::{Error, Kind, Result, Side};
 use crate::image::lock::{self, Mark};
 use crate::image::medium::Identity;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -57,7 +57,7 @@ enum Created {
 impl Folder<'_> {
     fn create(&self, name: &OsStr, mode: u32) -> Result<Created> {
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        match rustix::fs::openat(self.folder, name, flags, Mode::from_raw_mode(mode)) {
+        match retry_on_intr(|| rustix::fs::openat(self.folder, name, flags, Mode::from_raw_mode(mode))) {
             Ok(fd) => self.claim(name, File::from(fd)),
             Err(Errno::EXIST) => Ok(Created::Exists),
             Err(errno) => Err(self.failed(name, errno.into())),
@@ -82,7 +82,7 @@ impl Folder<'_> {
         let mut name = name.to_owned();
         name.push(format!("-{}", std::process::id()));
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        match rustix::fs::openat(self.folder, &name, flags, Mode::from_raw_mode(mode)) {
+        match retry_on_intr(|| rustix::fs::openat(self.folder, &name, flags, Mode::from_raw_mode(mode))) {
             Ok(fd) => Ok(Partial { file: File::from(fd), name }),
             Err(errno) => Err(self.failed(&name, errno.into())),
         }
@@ -107,7 +107,7 @@ impl Folder<'_> {
 
     fn sweep_file(&self, name: &OsStr) -> Result<()> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        match rustix::fs::openat(self.folder, name, flags, Mode::empty()) {
+        match retry_on_intr(|| rustix::fs::openat(self.folder, name, flags, Mode::empty())) {
             Ok(fd) => self.sweep_opened(name, &File::from(fd)),
             // Gone or replaced since the look: look again.
             Err(Errno::NOENT | Errno::LOOP) => Ok(()),

@@ -10,7 +10,8 @@ use super::layout::at;
 use super::queue::Region;
 use crate::ground::cluster::Clusters;
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::io::retry_on_intr;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,7 +34,7 @@ pub struct Bits {
 
 fn memory(name: &str, bytes: u64) -> io::Result<OwnedFd> {
     let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    rustix::fs::ftruncate(&fd, bytes)?;
+    retry_on_intr(|| rustix::fs::ftruncate(&fd, bytes))?;
     Ok(fd)
 }
 
@@ -58,7 +59,7 @@ impl Ring {
     pub fn create() -> io::Result<(Self, OwnedFd)> {
         let fd = memory("drive-backup-ring", at::END as u64)?;
         // Its pages exist from now on: no access can fail for want of memory.
-        rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, at::END as u64)?;
+        retry_on_intr(|| rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, at::END as u64))?;
         rustix::fs::fcntl_add_seals(&fd, SIZE_SEALS)?;
         let ring = Self { map: MmapOptions::new().len(at::END).map_raw(&fd)? };
         ring.label();

@@ -6,7 +6,7 @@ use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::ByteRange;
 use crate::ground::status::OverlayUsage;
 use rustix::fs::{CWD, FallocateFlags, MemfdFlags, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -112,14 +112,14 @@ impl Overlay {
     fn punch(&self, range: ByteRange) -> rustix::io::Result<()> {
         let end = if range.end() == self.length { range.end().next_multiple_of(BLOCK) } else { range.end() };
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, range.offset, end - range.offset))
+        retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, range.offset, end - range.offset))
     }
 }
 
 /// A file in `dir` that no name leads to.
 fn unnamed_file(dir: &Path) -> io::Result<File> {
     let (flags, mode) = (OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
-    match rustix::fs::openat(CWD, dir, flags | OFlags::TMPFILE, mode) {
+    match retry_on_intr(|| rustix::fs::openat(CWD, dir, flags | OFlags::TMPFILE, mode)) {
         Ok(file) => Ok(file.into()),
         // File systems without O_TMPFILE (FUSE, NFS, overlayfs of old) answer in different ways.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => created_and_unlinked(dir),
@@ -132,7 +132,7 @@ fn created_and_unlinked(dir: &Path) -> io::Result<File> {
     let (flags, mode) = (OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL, Mode::RUSR | Mode::WUSR);
     for attempt in 0..TRIES {
         let path = dir.join(format!(".drive-backup-overlay.{}.{attempt}", std::process::id()));
-        match rustix::fs::openat(CWD, &path, flags, mode) {
+        match retry_on_intr(|| rustix::fs::openat(CWD, &path, flags, mode)) {
             Ok(file) => {
                 std::fs::remove_file(&path)?;
                 return Ok(file.into());

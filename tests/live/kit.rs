@@ -178,6 +178,9 @@ pub fn disk_of(image: &Path, format: Format, length: u64) -> Vec<u8> {
 #[track_caller]
 pub fn same(what: &str, found: &[u8], expected: &[u8]) {
     assert_eq!(found.len(), expected.len(), "{what}: length");
+    if found == expected {
+        return;
+    }
     if let Some(at) = (0..found.len()).find(|&at| found[at] != expected[at]) {
         let sector = at / SECTOR as usize * SECTOR as usize;
         let word = |bytes: &[u8]| bytes.get(sector..sector + 8).map(|w| u64::from_le_bytes(w.try_into().unwrap()));

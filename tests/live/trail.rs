@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Bytes that are written at once; the cluster of a disk of this size.
 pub const BLOCK: u64 = 4096;
@@ -83,6 +83,8 @@ struct Shared {
     written: AtomicU64,
     stop: AtomicBool,
     failures: Mutex<Vec<i32>>,
+    /// Milliseconds.
+    longest: AtomicU64,
 }
 
 impl Typist {
@@ -99,7 +101,10 @@ impl Typist {
         let theirs = shared.clone();
         let thread = std::thread::spawn(move || {
             while !theirs.stop.load(SeqCst) {
-                match write(&writer, &disk, theirs.written.load(SeqCst) + 1) {
+                let since = Instant::now();
+                let done = write(&writer, &disk, theirs.written.load(SeqCst) + 1);
+                theirs.longest.fetch_max(since.elapsed().as_millis() as u64, SeqCst);
+                match done {
                     Ok(()) => drop(theirs.written.fetch_add(1, SeqCst)),
                     Err(error) => theirs.failures.lock().unwrap().push(error.raw_os_error().unwrap_or(0)),
                 }
@@ -123,6 +128,20 @@ impl Typist {
             assert!(since.elapsed() < HANGS, "the writer does not go on");
             std::thread::yield_now();
         }
+    }
+
+    /// How long a write took at most.
+    #[allow(dead_code)] // for the fault sweep
+    pub fn longest(&self) -> Duration {
+        Duration::from_millis(self.shared.longest.load(SeqCst))
+    }
+
+    /// Ends it; the last write that was done.
+    #[allow(dead_code)] // for the fault sweep
+    pub fn end(self) -> u64 {
+        let shared = self.shared.clone();
+        drop(self);
+        shared.written.load(SeqCst)
     }
 
     /// The errors of writes that failed so far.

@@ -4,7 +4,6 @@
 
 mod ends;
 #[cfg(feature = "vhost-user")]
-#[allow(dead_code)]
 #[path = "../support/frontend.rs"]
 mod frontend;
 mod fuse;

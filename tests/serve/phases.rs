@@ -294,7 +294,7 @@ impl Server {
 
     /// It ends while it is held, because of `signal`.
     #[track_caller]
-    fn is_cut(self, signal: Signal, what: &str) {
+    fn ends_at_once(self, signal: Signal, what: &str) {
         let (code, last) = self.ends(what);
         let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
         assert_eq!((code, &last["exit_code"]), (128 + signal as i32, &code.into()), "{what}: {last}");
@@ -303,7 +303,7 @@ impl Server {
     }
 
     #[track_caller]
-    fn is_killed(self, what: &str) {
+    fn ends_by_kill(self, what: &str) {
         self.running.signal(Signal::SIGKILL);
         assert_eq!(self.ends(what), (137, None), "{what}");
     }
@@ -324,7 +324,7 @@ fn a_signal_before_anything_is_served_ends_a_server_at_once() {
         let (what, scene) = (format!("{signal}, {front_end:?}"), Scene::new(front_end));
         let server = scene.held_while_opening();
         server.running.signal(signal);
-        server.is_cut(signal, &what);
+        server.ends_at_once(signal, &what);
         scene.is_withdrawn(&what);
         scene.next_one_serves(&what);
     }
@@ -353,7 +353,7 @@ fn a_second_signal_ends_a_server_whose_write_hangs_and_its_client_hears_of_it() 
         server.running.signal(Signal::SIGTERM);
         scene.hears("STOPPING=1");
         server.running.signal(signal);
-        server.is_cut(signal, &what);
+        server.ends_at_once(signal, &what);
         client.end().expect_err(&what);
         assert_eq!((scene.byte_at(HELD), scene.byte_at(OTHER)), (0, b'o'), "{what}");
         scene.next_one_serves(&what);
@@ -369,7 +369,7 @@ fn a_signal_while_a_server_ends_cuts_it_and_otherwise_it_ends_in_order() {
         scene.is_withdrawn(&what);
         let server = scene.held_while_stopping(Signal::SIGTERM);
         server.running.signal(signal);
-        server.is_cut(signal, &what);
+        server.ends_at_once(signal, &what);
         assert_eq!(scene.byte_at(HELD), b'w', "{what}");
         scene.next_one_serves(&what);
     }
@@ -381,16 +381,16 @@ fn a_server_killed_at_any_place_leaves_what_it_answered_and_the_next_one_takes_i
     for (at, (front_end, _)) in pairs(&SIGNALS, 0).into_iter().enumerate() {
         let scene = Scene::new(front_end);
         if at % 3 == 0 {
-            scene.held_while_opening().is_killed("Opening");
+            scene.held_while_opening().ends_by_kill("Opening");
             scene.is_withdrawn("Opening");
             scene.next_one_serves("Opening");
         }
         let (server, client) = scene.held_while_writing();
-        server.is_killed("Writing");
+        server.ends_by_kill("Writing");
         client.end().expect_err("killed");
         assert_eq!(scene.byte_at(OTHER), b'o');
         scene.next_one_serves("Writing");
-        scene.held_while_stopping(Signal::SIGTERM).is_killed("Stopping");
+        scene.held_while_stopping(Signal::SIGTERM).ends_by_kill("Stopping");
         assert_eq!(scene.byte_at(HELD), b'w');
         scene.next_one_serves("Stopping");
     }

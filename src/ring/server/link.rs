@@ -84,7 +84,7 @@ pub enum Unattached {
     HungUp(i32),
     #[error("the writer (pid {0}) sent {1}")]
     Nonsense(i32, &'static str),
-    #[error("attach to a writer: {0}")]
+    #[error("attach to a writer: {}", crate::error::reason(.0))]
     System(#[from] io::Error),
 }
 

@@ -144,6 +144,14 @@ struct Hub {
     fewer_threads: Condvar,
 }
 
+/// A machine that has no such memory has no writers; one that is out of it, or a process that may open no more, may have some.
+fn kind_of(error: &io::Error) -> Kind {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported => Kind::Other,
+        _ => Kind::InstantLost,
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -152,12 +160,13 @@ impl Writers {
     /// Announces a backup of `disk` in `folder` (which is made if missing) and attaches to all its writers; there may be
     /// none. From now on writers that start are attached too. They all write on as before until they are frozen.
     ///
-    /// Fails with [`Kind::Busy`] when another backup is attached to one of them, and with [`Kind::InstantLost`] when a
-    /// writer that lives can't be attached. Blocks for the answer of each, 2 s at most.
+    /// Fails with [`Kind::Busy`] when another backup is attached to one of them, with [`Kind::InstantLost`] when a writer
+    /// that lives can't be attached or there is no memory for one, and with [`Kind::Other`] where this is not possible at
+    /// all. Blocks for the answer of each, 2 s at most.
     pub fn attach(disk: Disk, folder: &Path, options: Options) -> Result<Self> {
         let failed = |e| Error::system(Kind::Other, format!("use writer folder '{}'", folder.display()), e);
         let folder = Folder::open(folder).map_err(failed)?;
-        let shared = |e| Error::system(Kind::Other, "make the memory that writers share", e);
+        let shared = |e| Error::system(kind_of(&e), "make the memory that writers share", e);
         let bytes = bitmap_bytes(options.cluster_size.count(options.length));
         let (bits, map_descriptor) = Bits::create(bytes).map_err(shared)?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;

@@ -1,0 +1,372 @@
+//! Where the command runs, and what is looked at when it has ended.
+
+use crate::inject::{Calls, Fault, Library, Prepared, When};
+use crate::kit;
+use crate::rule::{Name, Place, Policy, Promise, Writes};
+use crate::support::bytes::{read, scribble, sound};
+use crate::support::{self, Ended, Running, names, sparse_file, text};
+use crate::trail::{self, Typist};
+use drive_backup::image::format::Format;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+const OLD: &[u8] = b"what was there before";
+/// No write waits longer for a backup, whatever the machine does beside it.
+const BOUND: Duration = Duration::from_secs(20);
+/// For faults that take longer than the bound.
+const SHORT_BOUND: &str = "0.3";
+
+/// How the command is called, and beside whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Setup {
+    Raw,
+    Direct,
+    Qcow2,
+    Compressed,
+    InPlace,
+    /// So much that write-back is begun before the end.
+    Large,
+    /// Beside a program that writes as fast as it can.
+    LiveRaw,
+    LiveQcow2,
+    LiveInPlace,
+    LiveMemory,
+}
+
+impl Setup {
+    pub fn is_live(self) -> bool {
+        matches!(self, Self::LiveRaw | Self::LiveQcow2 | Self::LiveInPlace | Self::LiveMemory)
+    }
+
+    fn is_in_place(self) -> bool {
+        matches!(self, Self::InPlace | Self::LiveInPlace)
+    }
+
+    fn format(self) -> Format {
+        match self {
+            Self::Qcow2 | Self::Compressed | Self::LiveQcow2 => Format::Qcow2,
+            _ => Format::Raw,
+        }
+    }
+
+    fn flags(self) -> &'static [&'static str] {
+        match self {
+            Self::Raw | Self::Large | Self::LiveRaw | Self::LiveMemory => &[],
+            Self::Direct => &["--direct", "--sparse=never"],
+            Self::Qcow2 | Self::LiveQcow2 => &["--cluster-size", "4K"],
+            Self::Compressed => &["--compress", "zstd"],
+            Self::InPlace | Self::LiveInPlace => &["--mode", "existing", "--format", "raw"],
+        }
+    }
+}
+
+/// A run to try.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub setup: Setup,
+    pub place: Place,
+    pub call: &'static str,
+    pub fault: Fault,
+    pub policy: Policy,
+    pub when: When,
+    pub json: bool,
+}
+
+pub struct Stage {
+    folder: tempfile::TempDir,
+    setup: Setup,
+}
+
+/// What came of a run.
+#[derive(Debug)]
+struct Seen {
+    ended: Ended,
+    /// Of the run's records, with `--json`.
+    records: Vec<Value>,
+    injected: u64,
+    /// What the overlay's policy did to the writer.
+    failures: Vec<i32>,
+    /// The writer's last write before the run, and at its end.
+    written: Option<(u64, u64)>,
+}
+
+impl Stage {
+    pub fn new(setup: Setup) -> Self {
+        let folder = if setup == Setup::Direct { support::folder() } else { kit::memory_folder() };
+        let stage = Self { folder, setup };
+        std::fs::create_dir(stage.path("overlay")).unwrap();
+        let disk = stage.path("disk");
+        match setup {
+            Setup::Large => {
+                sparse_file(&disk, 20 * MIB);
+                scribble(&disk, 0, 20 << 20);
+            }
+            _ if setup.is_live() => trail::create(&disk),
+            // Runs of data of many lengths, and holes between them.
+            _ => {
+                sparse_file(&disk, 3 * MIB);
+                (0..12).for_each(|n| scribble(&disk, n * 128 * 1024, (4 + 6 * n as usize) << 10));
+                scribble(&disk, 2 * MIB, 1 << 20);
+            }
+        }
+        stage
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn target(&self) -> PathBuf {
+        self.path("out").join("copy")
+    }
+
+    fn length(&self) -> u64 {
+        std::fs::metadata(self.path("disk")).unwrap().len()
+    }
+
+    /// What the target holds before a run.
+    fn old(&self) -> Vec<u8> {
+        if self.setup.is_in_place() { vec![0xA5; self.length() as usize] } else { OLD.to_vec() }
+    }
+
+    fn reset(&self) {
+        let _ = std::fs::remove_dir_all(self.path("out"));
+        let _ = std::fs::remove_file(self.path("counts"));
+        std::fs::create_dir(self.path("out")).unwrap();
+        std::fs::write(self.target(), self.old()).unwrap();
+    }
+
+    fn calls(&self, place: Place, kind: &'static str) -> Calls {
+        let (disk, out) = (text(&self.path("disk")).to_owned(), text(&self.path("out")).to_owned());
+        let (path, thread) = match place {
+            Place::Source => (disk, Some("!trap")),
+            Place::Capture => (disk, Some("trap")),
+            Place::Target => (format!("{out}/.copy*"), None),
+            Place::Folder => (out, None),
+            Place::Existing => (format!("{out}/copy"), None),
+            Place::Overlay => (format!("{}*", text(&self.path("overlay"))), None),
+            Place::Memory => ("/memfd:drive-backup-overlay*".to_owned(), None),
+            Place::Ring => ("/memfd:drive-backup-ring*".to_owned(), None),
+            Place::Bitmap => ("/memfd:drive-backup-free*".to_owned(), None),
+        };
+        Calls { kind, path, thread }
+    }
+
+    fn arguments(&self, policy: Policy, bound: &str, json: bool) -> Vec<String> {
+        let (disk, target, meet) = (self.path("disk"), self.target(), self.path("meet"));
+        let overlay = self.path("overlay");
+        let mut arguments = vec!["--device", text(&disk), "--target", text(&target), "--writer-dir", text(&meet)];
+        arguments.extend([
+            "--source-format",
+            "raw",
+            "--workers",
+            "1",
+            "--cbw-timeout",
+            bound,
+            "--freeze-timeout",
+            "60",
+        ]);
+        arguments.extend(["--overlay", if self.setup == Setup::LiveMemory { "memory" } else { text(&overlay) }]);
+        if self.setup.is_live() {
+            arguments.extend(["--snapshot", "overlay", "--speed", "2M"]);
+        }
+        arguments.extend(self.setup.flags().iter().chain(policy.flags()));
+        if self.setup.format() == Format::Qcow2 {
+            arguments.extend(["--format", "qcow2"]);
+        }
+        if json {
+            arguments.push("--json");
+        }
+        arguments.into_iter().map(str::to_owned).collect()
+    }
+
+    fn typist(&self) -> Option<Typist> {
+        self.setup.is_live().then(|| Typist::start(&self.path("disk"), &self.path("meet")))
+    }
+
+    /// Every call of a good run.
+    pub fn trace(&self, library: &Library) -> String {
+        self.reset();
+        let typist = self.typist();
+        let _ = std::fs::remove_file(self.path("trace"));
+        let arguments = self.arguments(Policy::Default, "20", false);
+        let mut prepared = library.command(&arguments, self.folder.path()).tracing();
+        Running::start(&mut prepared.command).ended().succeeds();
+        drop(typist);
+        prepared.trace()
+    }
+
+    /// How many calls a good run makes.
+    pub fn count(&self, trace: &str, place: Place, call: &'static str) -> u64 {
+        self.calls(place, call).count(trace)
+    }
+
+    /// Tries `case`. What it was, if the fault happened; panics unless it was what is promised.
+    pub fn judge(&self, library: &Library, case: &Case, promise: Promise) -> bool {
+        let seen = self.run(library, case);
+        let happened = seen.injected > 0;
+        let promise = if happened { promise } else { crate::rule::COMPLETE };
+        let what = format!("{case:?} in {}, seen {seen:?}, promised {promise:?}", self.folder.path().display());
+        assert_eq!(seen.ended.code, promise.code, "{what}");
+        seen.says_so(promise, case, &what);
+        self.look_at_target(promise, &seen, &what);
+        if let Some((_, last)) = seen.written {
+            assert_eq!(trail::check(&read(&self.path("disk"))), last, "{what}: a write is lost");
+            match promise.writes {
+                Writes::Done => assert_eq!(seen.failures, [0; 0], "{what}"),
+                Writes::Refused => {
+                    let errno = case.fault.errno().unwrap_or(nix::libc::ETIMEDOUT);
+                    let failures = &seen.failures;
+                    assert!(!failures.is_empty() && failures.iter().all(|&e| e == errno), "{what}");
+                }
+            }
+        }
+        assert_eq!(names(&self.path("overlay")), [""; 0], "{what}");
+        happened
+    }
+
+    fn run(&self, library: &Library, case: &Case) -> Seen {
+        self.reset();
+        let typist = self.typist();
+        let before = typist.as_ref().map(Typist::written);
+        let bound = if case.fault == Fault::TooLate { SHORT_BOUND } else { "20" };
+        let arguments = self.arguments(case.policy, bound, case.json);
+        let prepared = library.command(&arguments, self.folder.path());
+        let mut prepared = prepared.with(&self.calls(case.place, case.call), case.fault, case.when);
+        let (ended, records) = ended(&mut prepared, case.json);
+        let mut failures = Vec::new();
+        let written = typist.zip(before).map(|(typist, before)| {
+            typist.goes_on(2 * trail::BLOCKS);
+            failures = typist.failures();
+            assert!(
+                typist.longest() < BOUND + Duration::from_secs(10),
+                "{case:?}: a write took {:?}",
+                typist.longest()
+            );
+            (before, typist.end())
+        });
+        Seen { ended, records, injected: prepared.injected(), failures, written }
+    }
+
+    /// A run whose process gets one signal after the other; how many there were.
+    pub fn endures(&self, signal: Signal) -> u64 {
+        self.reset();
+        let typist = self.typist();
+        let before = typist.as_ref().map(Typist::written);
+        let arguments = self.arguments(Policy::Default, "20", true);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let mut running = Running::drive_backup(&arguments);
+        let mut lines = BufReader::new(running.child().stdout.take().unwrap()).lines().map(Result::unwrap);
+        // Before that it may not listen yet, and signals that nobody handles are fatal.
+        let mut records = vec![lines.next().unwrap()];
+        let rest = std::thread::spawn(move || lines.collect::<Vec<_>>());
+        let mut sent = 0;
+        while !running.has_ended() {
+            running.signal(signal);
+            sent += 1;
+            std::thread::yield_now();
+        }
+        let ended = running.ended();
+        records.extend(rest.join().unwrap());
+        let records = records.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let written = typist.zip(before).map(|(typist, before)| (before, typist.end()));
+        assert_eq!(ended.code, 0, "{ended:?}");
+        let seen = Seen { ended, records, injected: 0, failures: Vec::new(), written };
+        assert_eq!(seen.records.last().unwrap()["exit_code"], 0, "{seen:?}");
+        self.look_at_target(crate::rule::COMPLETE, &seen, "a storm of signals");
+        sent
+    }
+
+    fn look_at_target(&self, promise: Promise, seen: &Seen, what: &str) {
+        assert_eq!(names(&self.path("out")), ["copy"], "{what}");
+        match promise.name {
+            Name::Old => assert!(read(&self.target()) == self.old(), "{what}"),
+            Name::Incomplete => assert_eq!(read(&self.target()).len() as u64, self.length(), "{what}"),
+            Name::Copy | Name::CopyBut => {
+                let copy = kit::disk_of(&self.target(), self.setup.format(), self.length());
+                if self.setup.format() == Format::Qcow2 {
+                    sound(&self.target());
+                }
+                match seen.written {
+                    Some((before, last)) => {
+                        let instant = trail::check(&copy);
+                        assert!((before..=last).contains(&instant), "{what}: the copy is of {instant}");
+                    }
+                    None => kit::same(what, &copy, &self.expected(promise, seen)),
+                }
+            }
+        }
+    }
+
+    /// The source, but for the ranges that the summary lists.
+    fn expected(&self, promise: Promise, seen: &Seen) -> Vec<u8> {
+        let mut expected = read(&self.path("disk"));
+        if promise.name == Name::CopyBut {
+            let old = if self.setup.is_in_place() { self.old() } else { vec![0; expected.len()] };
+            let last = seen.records.last().expect("told in JSON");
+            let number = |value: &Value| value.as_u64().unwrap() as usize;
+            let listed = |field| last[field].as_array().unwrap().iter();
+            let lost = |range: &Value| number(&range["offset"])..number(&range["offset"]) + number(&range["length"]);
+            listed("unreadable").map(lost).for_each(|range| expected[range].fill(0));
+            for range in listed("skipped").map(lost) {
+                expected[range.clone()].copy_from_slice(&old[range]);
+            }
+            assert!(listed("unreadable").chain(listed("skipped")).count() > 0, "{last}");
+        }
+        expected
+    }
+}
+
+/// Runs to the end; a job that stops for an error is resumed.
+fn ended(prepared: &mut Prepared, json: bool) -> (Ended, Vec<Value>) {
+    let mut running = Running::start(&mut prepared.command);
+    if !json {
+        return (running.ended(), Vec::new());
+    }
+    let stdout = BufReader::new(running.child().stdout.take().unwrap());
+    let mut records: Vec<Value> = Vec::new();
+    for line in stdout.lines() {
+        let line = line.unwrap();
+        let record: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        if record["message_type"] == "error" && record["action"] == "stop" {
+            running.signal(Signal::SIGCONT);
+        }
+        records.push(record);
+    }
+    (running.ended(), records)
+}
+
+impl Seen {
+    /// One line on stderr, or one last record, that agree with the outcome.
+    fn says_so(&self, promise: Promise, case: &Case, what: &str) {
+        let stderr = &self.ended.stderr;
+        assert!(stderr.lines().all(|line| line.starts_with("drive-backup: ")), "{what}");
+        if !case.json {
+            assert!(self.ended.stdout.is_empty(), "{what}");
+            let lines = usize::from(promise.code != 0);
+            assert_eq!(stderr.lines().count(), lines, "{what}");
+            return;
+        }
+        let is_last = |record: &&Value| record["message_type"] == "summary" || record["message_type"] == "exit_error";
+        assert_eq!(self.records.iter().filter(is_last).count(), 1, "{what}");
+        let last = self.records.last().filter(is_last).unwrap_or_else(|| panic!("{what}: the last record is not last"));
+        assert_eq!(last["exit_code"], promise.code, "{what}");
+        let is_success = matches!(promise.code, 0 | 3);
+        assert_eq!(last["message_type"] == "summary", is_success, "{what}");
+        let begun = self.records.iter().any(|record| record["message_type"] == "start");
+        match promise.name {
+            Name::Copy | Name::CopyBut => assert!(last.get("target_state").is_none(), "{what}"),
+            Name::Incomplete => assert_eq!(last["target_state"], "incomplete", "{what}"),
+            Name::Old => {
+                assert_eq!(last["target_state"], if begun { "removed" } else { "untouched" }, "{what}");
+            }
+        }
+        if !is_success && last["writer_released"] != Value::Null {
+            assert_eq!(last["writer_released"], true, "{what}");
+        }
+    }
+}
