@@ -195,10 +195,17 @@ impl Running {
         self.child.try_wait().unwrap().is_some()
     }
 
-    /// Sends a signal to it alone.
+    /// Sends a signal to it alone. After SIGSTOP it stands still: none of its threads is still under way.
+    #[track_caller]
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
         let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
         nix::sys::signal::kill(pid, signal).unwrap();
+        if signal == nix::sys::signal::Signal::SIGSTOP {
+            let looks = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
+            let stopped = || waitid(Id::Pid(pid), looks).unwrap();
+            wait_for("the end of its last step", || (stopped() != WaitStatus::StillAlive).then_some(()));
+        }
     }
 
     /// Waits, bounded, until it has ended, and gives what is left in its pipes.
