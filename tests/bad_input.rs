@@ -366,8 +366,10 @@ fn a_target_that_is_mounted() {
     let device = LoopDevice::over(&image, &[]);
     let mount = Mount::device(device.path());
     std::fs::write(mount.join("file"), "kept").unwrap();
-    let ended = copy(&lab.path("fits.raw"), device.path(), &["--format", "raw"]);
-    ended.fails(8, &format!("target '{}' is mounted at '{}'", text(device.path()), text(mount.path())));
+    for target in [device.path(), &image] {
+        let ended = copy(&lab.path("fits.raw"), target, &["--format", "raw"]);
+        ended.fails(8, &format!("target '{}' is mounted at '{}'", text(target), text(mount.path())));
+    }
     run("sync", &["-f", text(mount.path())]);
     drop(mount);
     let again = Mount::device(device.path());
@@ -401,6 +403,12 @@ fn arguments_that_contradict_each_other() {
     let old = lab.path("old.raw");
     lab.refuses_target(&old, &["--compress", "zlib"], 2, "raw");
     lab.refuses_target(&old, &["--cluster-size", "64K"], 2, "raw");
+    // Raw as the source is, and as a device is.
+    let wanted = "is to be raw: --compress and --cluster-size are for qcow2; use --format qcow2";
+    lab.refuses(&lab.path("disk.raw"), &lab.path("copy"), &["--compress", "zstd"], 2, wanted);
+    sparse_file(&lab.path("below"), MIB);
+    let device = LoopDevice::over(&lab.path("below"), &[]);
+    lab.refuses_target(device.path(), &["--compress", "zstd"], 2, wanted);
     lab.refuses_target(&lab.path("new.qcow2"), &["--mode", "existing", "--compress", "zstd"], 2, "existing");
     lab.refuses(&lab.path("disk.raw"), Path::new("-"), &["--format", "qcow2"], 2, "raw");
     lab.refuses(&lab.path("disk.raw"), Path::new("-"), &["--compress", "zlib"], 2, "raw");

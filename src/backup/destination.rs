@@ -10,6 +10,7 @@ use crate::error::{Error, Kind, Result, Side, reason};
 use crate::image::Image;
 use crate::image::changed::Changed;
 use crate::image::format::{Foreign, Format};
+use crate::image::identity;
 use crate::image::location::Location;
 use crate::image::lock::{self, ImageLock, Protection, Terms};
 use crate::image::medium;
@@ -223,6 +224,8 @@ impl Destination {
         let options = disk.options;
         let format = options.format.or_else(|| format_of_extension(path)).unwrap_or_else(|| as_source(origin));
         refuse_qcow2_options(options, path, format)?;
+        // Of a file system in the old file the new name would be no part.
+        identity::refuse_in_use(path, Side::Target)?;
         if let Format::Foreign(foreign) = format {
             return Self::new_foreign(disk, path, foreign, origin);
         }
@@ -269,6 +272,7 @@ impl Destination {
             // A device gets the disk itself unless a format is asked for.
             (None, Mode::AbsolutePaths) => Format::Raw,
         };
+        refuse_qcow2_options(options, path, format)?;
         let image: Arc<dyn Image> = match (format, options.mode) {
             (Format::Raw, _) => raw.clone(),
             (Format::Qcow2, Mode::Existing) => {
@@ -501,9 +505,11 @@ fn as_source(origin: &Origin) -> Format {
 }
 
 fn refuse_qcow2_options(options: &Options, path: &Path, format: Format) -> Result<()> {
-    if matches!(format, Format::Foreign(_)) && (options.compression.is_some() || options.cluster_size.is_some()) {
+    if format != Format::Qcow2 && (options.compression.is_some() || options.cluster_size.is_some()) {
         let path = path.display();
-        let what = format!("target '{path}' is to be {format}: --compress and --cluster-size are for qcow2");
+        let what = format!(
+            "target '{path}' is to be {format}: --compress and --cluster-size are for qcow2; use --format qcow2"
+        );
         return Err(Error::new(Kind::Usage, what));
     }
     Ok(())

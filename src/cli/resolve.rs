@@ -264,16 +264,13 @@ fn check(args: &Args) -> Result<()> {
     if args.target.iter().any(|target| is_dash(target)) {
         return check_stream(args);
     }
-    let of_new_qcow2 = [("--compress", args.compress.is_some()), ("--cluster-size", args.cluster_size.is_some())];
-    for (flag, _) in of_new_qcow2.into_iter().filter(|(_, given)| *given) {
-        if args.mode == NewImageMode::Existing {
-            return refuse(&format!("{flag} is for new images: --mode existing keeps the image's own; leave one out"));
+    let of_new_images = [("--compress", args.compress.is_some()), ("--cluster-size", args.cluster_size.is_some())];
+    match of_new_images.into_iter().find(|(_, given)| *given) {
+        Some((flag, _)) if args.mode == NewImageMode::Existing => {
+            refuse(&format!("{flag} is for new images: --mode existing keeps the image's own; leave one out"))
         }
-        if raw_by_request(args) {
-            return refuse(&format!("{flag} needs qcow2, and the target's format is raw; use --format qcow2"));
-        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn check_stream(args: &Args) -> Result<()> {
@@ -295,13 +292,6 @@ fn check_stream(args: &Args) -> Result<()> {
         return Err(Error::new(Kind::Usage, "--target - would write the disk to a terminal; redirect standard output"));
     }
     Ok(())
-}
-
-/// Raw by the flag or by the extension; the engine finds out the rest.
-fn raw_by_request(args: &Args) -> bool {
-    let is_raw = |target: &PathBuf| target.extension().is_some_and(|e| e == "raw" || e == "img");
-    let by_extension = || args.target.iter().any(is_raw);
-    args.format.map_or_else(by_extension, |format| format == ImageFormat::Raw)
 }
 
 /// The target as it was given.
@@ -427,14 +417,10 @@ mod tests {
             ("--device a --device b --target x", "2 --device and 1 --target", "one --target for each"),
             ("--device a --target x --target -", "1 --device and 2 --target", "one --target for each"),
             ("--device a --device b --target x --target -", "--target -", "takes one disk"),
-            ("--device a --device b --target x.raw --target y --compress zlib", "--compress", "use --format qcow2"),
             ("--target - --format qcow2", "--format qcow2", "leave it out"),
             ("--target - --compress zlib", "--compress", "leave it out"),
             ("--target - --mode existing", "--mode existing", "leave it out"),
             ("--target - --cluster-size 4K", "--cluster-size", "leave it out"),
-            ("--format raw --compress zlib", "--compress", "use --format qcow2"),
-            ("--target t.raw --compress zlib", "--compress", "use --format qcow2"),
-            ("--target t.img --cluster-size 64K", "--cluster-size", "use --format qcow2"),
             ("--mode existing --compress zlib", "--compress", "leave one out"),
             ("--mode existing --cluster-size 64K", "--cluster-size", "leave one out"),
             ("--cluster-size 3000", "--cluster-size", "power of two"),
@@ -446,6 +432,5 @@ mod tests {
             assert_eq!(error.kind(), Kind::Usage, "{flags}");
             assert!(text.contains(flag) && text.contains(hint), "{flags}: {text}");
         }
-        assert!(resolve("--target t.raw --format qcow2 --compress zlib").is_ok());
     }
 }
