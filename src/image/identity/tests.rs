@@ -123,7 +123,7 @@ fn a_mounted_partition_makes_its_disk_busy_and_not_its_neighbour() {
     let folder = tempfile::tempdir().unwrap();
     let device = partitioned(folder.path());
     run("mkfs.ext4", &["-q", text(&part(&device, 1))]);
-    let mount = Mount::of(&part(&device, 1));
+    let mount = Mount::device(&part(&device, 1));
     for target in [&part(&device, 1), device.path(), &folder.path().join("partitioned")] {
         let error = refuse_in_use(target, Side::Target).unwrap_err();
         assert_eq!(error.kind(), Kind::Busy);
