@@ -286,6 +286,24 @@ fn a_real_file_system_survives_backup_verify_and_restore() {
     let ended = restore(&backup, device.path(), &["--only-changed", "--json", "-q"]);
     assert!(last_record(&ended)["bytes_written"].as_u64().unwrap() < MIB, "the mount's own marks are back: {ended:?}");
 
+    let ended = restore(&backup, device.path(), &["--only-changed", "-v"]);
+    assert!(ended.code == 0 && ended.stderr.contains("; 0 B differed and was written\n"), "{ended:?}");
+    let ended = restore(&backup, device.path(), &["--dry-run"]);
+    assert!(ended.code == 0 && !ended.stderr.contains("free there"), "a device has its size, and no room: {ended:?}");
+
+    // A hook may have the device at once, and the folder of a new file.
+    let use_it = |device: &Path, folder: &Path| format!("mount {0} {1} && umount {1}", text(device), text(folder));
+    let there = at("there");
+    std::fs::create_dir(&there).unwrap();
+    restore(&backup, device.path(), &["--hook-after", &use_it(device.path(), &there), "-q"]).succeeds();
+    let again =
+        format!("losetup -d {0} && ! losetup {0} 2>&- && losetup {0} {1}", text(device.path()), text(&at("device")));
+    copy(device.path(), &at("of-device.raw"), &["--hook-after", &again]).succeeds();
+    let disk = Mount::tmpfs(128 * MIB);
+    let unmount = format!("umount {0} && mount -t tmpfs tmpfs {0}", text(disk.path()));
+    copy(&source, &disk.join("copy.raw"), &["--manifest", text(&disk.join("m.json")), "--hook-after", &unmount])
+        .succeeds();
+
     // Onto a new file, as raw, and into one that is there.
     restore(&backup, &at("new.img"), &[]).succeeds();
     identical(&source, &at("new.img"));
@@ -489,6 +507,9 @@ fn images_that_only_qemu_knows_are_proved_like_any_other() {
         assert_eq!(json(&manifest)["blake3"], *expected, "{format}");
         let verified = verify(&image, &manifest, &["-q", "--source-format", format]);
         assert_eq!(verified.code, 0, "{format}: {verified:?}");
+        // At the end nobody has it open any more.
+        let write = format!("qemu-io -f {format} -c 'write -z 0 512' {}", text(&image));
+        assert_eq!(copy(&image, &at("raw"), &["--hook-after", &write, "-q"]).code, 0);
         support::qemu_io(&["-f", format], &image, &["write -P 0x5a 1050000 1"]);
         let verified = verify(&image, &manifest, &["-q", "--source-format", format]);
         assert_eq!(verified.code, 7, "{format}: {verified:?}");
