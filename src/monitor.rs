@@ -111,7 +111,7 @@ pub struct Rehearsal {
     pub target_format: &'static str,
     /// What kind of end it is.
     pub target_kind: TargetKind,
-    /// Bytes that are free in its folder, where it has one.
+    /// Bytes that are free in the folder of a file.
     pub target_free: Option<u64>,
     /// Bytes a second that could be read; `None`: there is no data.
     pub read_speed: Option<u64>,

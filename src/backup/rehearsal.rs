@@ -1,5 +1,6 @@
 //! A backup that stops before its first byte: everything is opened, locked and checked, and what it would take is told.
 
+use super::destination::Destination;
 use super::instant::{Gathered, Ready};
 use super::options::{Options, OverlayPlace};
 use super::{Disk, Ended, Failure, Summary, TargetState, fail_all, open};
@@ -10,7 +11,8 @@ use crate::ground::range::{Allocation, ByteRange};
 use crate::image::Image;
 use crate::image::lock::{self, Terms};
 use crate::job::Job;
-use crate::monitor::{Event, Rehearsal};
+use crate::monitor::{Event, Rehearsal, TargetKind};
+use crate::publish;
 use crate::ring::server::{Trap, Writers};
 use crate::snapshot::tracker::FreeMap;
 use std::path::Path;
@@ -30,7 +32,10 @@ pub fn rehearse_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
     let opened: Result<Vec<Ready<'_>>> = disks.iter().map(|&disk| open(disk)).collect();
     let ready = match opened {
         Ok(ready) => ready,
-        Err(error) => return fail_all(disks.len(), error, ended),
+        Err(error) => {
+            disks.iter().for_each(|disk| disk.job.settle());
+            return fail_all(disks.len(), error, ended);
+        }
     };
     for (place, (disk, ready)) in disks.iter().zip(ready).enumerate() {
         let rehearsed = rehearse(disk, &ready).map(|rehearsal| {
@@ -39,6 +44,7 @@ pub fn rehearse_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
         });
         // Whoever hears of the end may end the process: until then the empty file is to be gone.
         drop(ready);
+        disk.job.settle();
         ended(place, rehearsed.map_err(|error| Failure { error, target: TargetState::Untouched }));
     }
 }
@@ -91,7 +97,7 @@ fn rehearse(disk: &Disk<'_>, ready: &Ready<'_>) -> Result<Rehearsal> {
         target: destination.path().map(ToOwned::to_owned),
         target_format: destination.format().name(),
         target_kind: destination.kind(),
-        target_free: destination.path().and_then(folder_of).and_then(free_in),
+        target_free: room_for(destination),
         read_speed,
         duration,
         writers,
@@ -179,9 +185,11 @@ impl Trap for Count {
     fn lost(&self, _why: &Error) {}
 }
 
-fn folder_of(path: &Path) -> Option<&Path> {
-    let folder = path.parent()?;
-    Some(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })
+/// Of a file: a device or an export has its size.
+fn room_for(destination: &Destination) -> Option<u64> {
+    let is_file = matches!(destination.kind(), TargetKind::File | TargetKind::Existing);
+    let place = destination.path().filter(|_| is_file).and_then(publish::place)?;
+    free_in(place.parent()?)
 }
 
 /// Bytes that we may still write there.

@@ -30,7 +30,13 @@ fn it_tells_what_a_backup_would_take_and_leaves_nothing() {
     let after = fs::metadata(bench.path("disk.raw")).unwrap();
     assert_eq!((before.mtime_nsec(), before.ctime_nsec()), (after.mtime_nsec(), after.ctime_nsec()));
     let text = String::from_utf8(output.stderr).unwrap();
-    for words in ["of which 16.0 MiB is data", "time: 0:16 or more; asked for 1.00 MiB/s", "writers: none", "dry run"] {
+    for words in [
+        "B free there",
+        "of which 16.0 MiB is data",
+        "time: 0:16 or more; asked for 1.00 MiB/s",
+        "writers: none",
+        "dry run",
+    ] {
         assert!(text.contains(words), "{words} in {text}");
     }
 }
