@@ -1,7 +1,7 @@
 //! An environment variable for each option: DRIVE_BACKUP_SPEED for `--speed`, DRIVE_BACKUP_SERVE_NBD for `serve --nbd`.
 
 use super::args::Args;
-use clap::builder::FalseyValueParser;
+use clap::builder::{FalseyValueParser, TypedValueParser};
 use clap::{ArgAction, Command, CommandFactory, FromArgMatches};
 use std::ffi::OsString;
 
@@ -15,6 +15,19 @@ pub fn command() -> Command {
 /// Reads the arguments, and the environment where they say nothing.
 pub fn parse(arguments: &[OsString]) -> Result<Args, clap::Error> {
     Args::from_arg_matches(&command().try_get_matches_from(arguments)?)
+}
+
+/// What an option's variable says, if it says anything. Of the backup's own options.
+pub fn value(option: &str) -> Option<OsString> {
+    std::env::var_os(variable(PREFIX, option)).filter(|value| !value.is_empty())
+}
+
+/// Whether the variable of an option without a value turns it on; `verb` as in `serve --json`.
+pub fn is_on(verb: Option<&str>, option: &str) -> bool {
+    let prefix = verb.map_or_else(|| PREFIX.to_owned(), |verb| variable(PREFIX, verb));
+    let said = std::env::var_os(variable(&prefix, option)).unwrap_or_default();
+    // It makes no difference of what command it is read.
+    FalseyValueParser::new().parse_ref(&Command::new(PREFIX), None, &said).unwrap_or(false)
 }
 
 fn twinned(command: Command, prefix: &str) -> Command {
@@ -55,6 +68,7 @@ mod tests {
         }
         let mut seen = Vec::new();
         check(&command(), &mut seen);
+        assert!(value("no-such-option").is_none() && !is_on(None, "json") && !is_on(Some("serve"), "json"));
         for name in ["DRIVE_BACKUP_SPEED", "DRIVE_BACKUP_ON_CBW_ERROR", "DRIVE_BACKUP_SERVE_NBD"] {
             assert!(seen.contains(&name.into()), "{name}");
         }

@@ -92,7 +92,7 @@ where
             let _ = shown.print();
             return Ok(Ending::with_code(exit::COMPLETE));
         }
-        Err(error) => return refuse(arguments, usage::error_of(&error)),
+        Err(error) => return refuse(arguments, usage::error_of(&error, arguments)),
     };
     let plan = match args.verb {
         Some(Verb::Serve(args)) => return serve::run(&args, usage::view(arguments)),

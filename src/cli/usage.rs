@@ -1,17 +1,49 @@
 //! Bad arguments: one line with a hint, and a JSON record where JSON was asked for, readable or not.
 
+use super::args::Args;
+use super::environment;
 use super::progress::Style;
 use super::resolve::{JsonEnd, View};
 use super::signs::Files;
 use crate::error::{Error, Kind};
+use clap::CommandFactory;
+use clap::error::ErrorKind;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
-const HINT: &str = "try 'drive-backup --help'";
+/// clap's findings, without its usage lines, in one line with a hint.
+pub fn error_of(error: &clap::Error, arguments: &[OsString]) -> Error {
+    let verb = verb(arguments);
+    let line = match (error.kind(), verb) {
+        // There clap shows the help.
+        (ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand, Some(verb)) => {
+            format!("{verb} needs one of {}", verbs_of(&verb_definition(verb)).join(", "))
+        }
+        (ErrorKind::InvalidSubcommand, None) => {
+            format!("{}; a disk is named by --device, its copy by --target", found(error))
+        }
+        _ => found(error),
+    };
+    let name = verb.map_or_else(String::new, |verb| format!(" {verb}"));
+    Error::new(Kind::Usage, format!("{line}; try 'drive-backup{name} --help'"))
+}
 
-/// clap's findings, without its usage lines, in one line.
-pub fn error_of(error: &clap::Error) -> Error {
+fn verb_definition(verb: &str) -> clap::Command {
+    Args::command().find_subcommand(verb).cloned().unwrap_or_default()
+}
+
+fn verbs_of(command: &clap::Command) -> Vec<&str> {
+    command.get_subcommands().map(clap::Command::get_name).collect()
+}
+
+/// `serve`, say: a verb comes before all else.
+fn verb(arguments: &[OsString]) -> Option<&str> {
+    let first = arguments.get(1)?.to_str()?;
+    verbs_of(&Args::command()).contains(&first).then_some(first)
+}
+
+fn found(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let words = text.strip_prefix("error: ").unwrap_or(&text);
     let parts =
@@ -27,16 +59,17 @@ pub fn error_of(error: &clap::Error) -> Error {
         line.push_str(joint);
         line.push_str(part);
     }
-    Error::new(Kind::Usage, format!("{line}; {HINT}"))
+    line
 }
 
 /// What is shown of arguments that could not be read.
 pub fn view(arguments: &[OsString]) -> View {
     let is = |wanted: &str| arguments.iter().any(|argument| argument == wanted);
-    let stream = is("--target=-") || arguments.windows(2).any(|pair| pair[0] == "--target" && pair[1] == "-");
+    let verb = verb(arguments);
+    let stream = verb.is_none() && all_of_backup(arguments, "target").iter().any(|target| target == "-");
     let end = if stream { JsonEnd::Stderr } else { JsonEnd::Stdout };
     View {
-        json: is("--json").then_some(end),
+        json: (is("--json") || environment::is_on(verb, "json")).then_some(end),
         status_interval: Duration::MAX,
         style: Style::None,
         quiet: false,
@@ -47,37 +80,51 @@ pub fn view(arguments: &[OsString]) -> View {
 
 /// The files that arguments ask for which could not be read, or not followed.
 pub fn files(arguments: &[OsString]) -> Files {
-    let value = |flag: &str| value(arguments, flag);
-    let name = |flag: &str| value(flag).map(|value| value.to_string_lossy().into_owned()).unwrap_or_default();
+    if verb(arguments).is_some() {
+        return Files::default();
+    }
+    let value = |option: &str| of_backup(arguments, option);
+    let name = |option: &str| value(option).map(|value| value.to_string_lossy().into_owned()).unwrap_or_default();
     Files {
-        status: value("--status-file").map(Into::into),
-        metrics: value("--metrics-file").map(Into::into),
-        refused: [name("--device"), name("--target")],
+        status: value("status-file").map(Into::into),
+        metrics: value("metrics-file").map(Into::into),
+        refused: [name("device"), name("target")],
     }
 }
 
-/// What follows `flag`, after a blank or a `=`.
-fn value(arguments: &[OsString], flag: &str) -> Option<OsString> {
-    arguments.iter().enumerate().find_map(|(at, argument)| {
-        let rest = argument.as_bytes().strip_prefix(flag.as_bytes())?;
+/// What the arguments say of an option first, else its variable.
+fn of_backup(arguments: &[OsString], option: &str) -> Option<OsString> {
+    all_of_backup(arguments, option).into_iter().next()
+}
+
+fn all_of_backup(arguments: &[OsString], option: &str) -> Vec<OsString> {
+    let given = values(arguments, option);
+    if given.is_empty() { environment::value(option).into_iter().collect() } else { given }
+}
+
+/// What follows each `--option`, after a blank or a `=`.
+fn values(arguments: &[OsString], option: &str) -> Vec<OsString> {
+    let of = |(at, argument): (usize, &OsString)| {
+        let rest = argument.as_bytes().strip_prefix(b"--")?.strip_prefix(option.as_bytes())?;
         match rest.strip_prefix(b"=") {
             Some(value) => Some(OsStr::from_bytes(value).to_owned()),
             None if rest.is_empty() => arguments.get(at + 1).cloned(),
             None => None,
         }
-    })
+    };
+    arguments.iter().enumerate().filter_map(of).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::args::Args;
     use clap::Parser;
 
     fn message(flags: &str) -> String {
         let line = format!("drive-backup {flags}");
         let error = Args::try_parse_from(line.split_whitespace()).expect_err(flags);
-        error_of(&error).to_string()
+        let arguments: Vec<OsString> = line.split_whitespace().map(Into::into).collect();
+        error_of(&error, &arguments).to_string()
     }
 
     #[test]
@@ -94,10 +141,15 @@ mod tests {
             ("--device d --target t --format tar", &["'tar' for '--format <FORMAT>'", "possible values: raw, qcow2"]),
             ("--device d --target t --speed 1 --speed 2", &["'--speed <RATE|auto>' cannot be used multiple times"]),
             ("--device d --target t -q -v", &["cannot be used with"]),
+            ("a.raw b.raw", &["'a.raw'", "a disk is named by --device, its copy by --target; try 'drive-backup --"]),
+            ("serve --bogus", &["unexpected argument '--bogus'", "; try 'drive-backup serve --help'"]),
+            ("verify", &["--manifest <FILE>", "; try 'drive-backup verify --help'"]),
+            ("ctl", &["ctl needs one of status, speed, pause, resume, cancel, watch; try 'drive-backup ctl --help'"]),
+            ("ctl stop", &["'stop'; try 'drive-backup ctl --help'"]),
         ] {
             let message = message(flags);
             assert!(!message.contains('\n'), "{message}");
-            assert!(message.ends_with(HINT), "{message}");
+            assert!(message.ends_with(" --help'"), "{message}");
             parts.iter().for_each(|part| assert!(message.contains(part), "{flags}: {message}"));
         }
     }

@@ -70,6 +70,17 @@ fn metrics_are_written_whatever_ends_a_run_and_keep_the_last_success() {
     assert_eq!(run(&["--source-format", "qcow2"]), 4);
     assert_eq!(run(&["--cluster-size", "3000"]), 2);
     assert_eq!(run(&["--no-such-flag"]), 2);
+    // As a service manager's file has them.
+    let mut command = bench.bare();
+    for (option, value) in
+        [("DEVICE", "disk.raw"), ("TARGET", "out.raw"), ("METRICS_FILE", "env.prom"), ("SPEED", "50Mb")]
+    {
+        command.env(format!("DRIVE_BACKUP_{option}"), value);
+    }
+    assert_eq!(code(command.output().unwrap().status), 2);
+    let written = fs::read_to_string(bench.path("env.prom")).unwrap();
+    assert!(written.contains("last_exit_code{device=\"disk.raw\",target=\"out.raw\"} 2"), "{written}");
+    fs::remove_file(bench.path("env.prom")).unwrap();
     assert_eq!(metric(&bench, "last_success_timestamp_seconds"), Some(success));
     assert_eq!(run(&[]), 0);
     assert!(metric(&bench, "last_success_timestamp_seconds") > Some(success));

@@ -59,6 +59,10 @@ fn usage_errors_are_records_too_wherever_json_stands() {
         let message = records[0]["message"].as_str().unwrap();
         assert!(String::from_utf8(output.stderr).unwrap().contains(message));
     }
+    let output = bench.backup().arg("--bogus").env("DRIVE_BACKUP_JSON", "1").output().unwrap();
+    assert_eq!(records(&output.stdout)[0]["exit_code"], 2);
+    let output = bench.backup().arg("--bogus").env("DRIVE_BACKUP_JSON", "off").output().unwrap();
+    assert!(output.stdout.is_empty());
     let output = bench.bare().args(["--target", "-", "--json", "--bogus"]).output().unwrap();
     assert_eq!(records(&output.stderr)[0]["exit_code"], 2);
     assert!(output.stdout.is_empty(), "standard output is the target's");
