@@ -89,6 +89,18 @@ fn while_the_flush_runs_it_says_so_and_never_100_percent() {
 }
 
 #[test]
+fn a_narrow_terminal_has_the_words_and_no_bar() {
+    let bench = Bench::new();
+    let flags = ["--device", "disk.raw", "--target", "out.raw", "--speed", "8M"];
+    let mut terminal = on_terminal(&bench, BINARY, &flags, false);
+    terminal.get_process_mut().set_window_size(60, 24).unwrap();
+    let shown = until(&mut terminal, " of 16\\.0 MiB, .*MiB/s, 0:0[0-9] left");
+    let last = shown.rsplit('\r').next().unwrap();
+    assert!(!last.contains("=>") && shown.is_ascii(), "{shown:?}");
+    assert!(matches!(wait(&terminal), WaitStatus::Exited(_, 0)));
+}
+
+#[test]
 fn no_color_means_no_colour() {
     let bench = Bench::new();
     let flags = ["--device", "disk.raw", "--target", "out.raw", "--speed", "16M"];

@@ -11,7 +11,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 const DRAWS_A_SECOND: u8 = 10;
 const STEPS: u64 = 1000;
+const WORDS: &str = "{text}";
 const OTHER: &str = "{spinner} {text}";
+/// Of the spinner, the last one when it stands still: no more than every terminal has.
+const TICKS: &str = "-\\|/ ";
+/// A narrower terminal has room for the words alone.
+const ROOM_FOR_A_BAR: usize = 72;
 /// Of a bar that is alone, and of one that shares its line with a name.
 const BAR_COLUMNS: usize = 24;
 const NAMED_BAR_COLUMNS: usize = 12;
@@ -19,7 +24,7 @@ const NAMED_BAR_COLUMNS: usize = 12;
 const FRAME_COLUMNS: usize = 4;
 /// The end of a longer name: it tells more than the beginning.
 const NAME_COLUMNS: usize = 16;
-const USUAL_COLUMNS: u16 = 80;
+const USUAL_COLUMNS: usize = 80;
 
 /// Everything that is drawn, so that lines can be written above it.
 pub struct Bars(MultiProgress);
@@ -36,13 +41,21 @@ impl Bars {
     }
 }
 
+/// What a line consists of beside its words.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Look {
+    Bar,
+    Words,
+    Spinner,
+}
+
 /// A bar while bytes are copied, a spinner in every other phase: a full bar would look like the end.
 pub struct Bar {
     bar: ProgressBar,
     /// Shown where it is not the only one.
     name: Option<String>,
     colour: bool,
-    copying: Option<bool>,
+    look: Option<Look>,
     /// Read by the bar as it draws: `set_message` would be a draw of its own.
     text: Arc<Mutex<String>>,
 }
@@ -51,25 +64,32 @@ impl Bar {
     /// Below those that `bars` has. Shows nothing before the first draw.
     pub fn new(bars: &Bars, colour: bool, name: Option<&str>) -> Self {
         let bar = bars.0.add(ProgressBar::with_draw_target(Some(STEPS), ProgressDrawTarget::hidden()));
-        Self { bar, name: name.map(short), colour, copying: None, text: Arc::default() }
+        Self { bar, name: name.map(short), colour, look: None, text: Arc::default() }
     }
 
     /// One draw of all bars, with this one's news. Blocks as long as the terminal does.
     pub fn draw(&mut self, view: &View) {
-        let copying = view.job.phase == Phase::Copy;
-        if self.copying.replace(copying) != Some(copying) {
-            self.bar.set_style(self.style(copying));
+        let terminal = terminal_columns();
+        let look = match view.job.phase {
+            Phase::Copy if terminal >= ROOM_FOR_A_BAR => Look::Bar,
+            Phase::Copy => Look::Words,
+            _ => Look::Spinner,
+        };
+        if self.look.replace(look) != Some(look) {
+            self.bar.set_style(self.style(look));
         }
-        *self.text.lock().unwrap_or_else(PoisonError::into_inner) = self.fitting(&text::status(view));
+        let room = terminal.saturating_sub(self.columns_before(look));
+        *self.text.lock().unwrap_or_else(PoisonError::into_inner) = self.fitting(&text::status(view), room);
         self.bar.update(|state| state.set_pos((view.percent * STEPS as f64) as u64));
     }
 
-    fn style(&self, copying: bool) -> ProgressStyle {
+    fn style(&self, look: Look) -> ProgressStyle {
         let columns = self.columns();
-        let template = match (copying, self.colour) {
-            (true, true) => format!("[{{bar:{columns}.cyan/blue}}] {{text}}"),
-            (true, false) => format!("[{{bar:{columns}}}] {{text}}"),
-            (false, _) => OTHER.to_owned(),
+        let template = match (look, self.colour) {
+            (Look::Bar, true) => format!("[{{bar:{columns}.cyan/blue}}] {{text}}"),
+            (Look::Bar, false) => format!("[{{bar:{columns}}}] {{text}}"),
+            (Look::Words, _) => WORDS.to_owned(),
+            (Look::Spinner, _) => OTHER.to_owned(),
         };
         let text = Arc::clone(&self.text);
         let write = move |_: &ProgressState, to: &mut dyn fmt::Write| {
@@ -77,17 +97,24 @@ impl Bar {
             let _ = to.write_str(&text.lock().unwrap_or_else(PoisonError::into_inner));
         };
         let style = ProgressStyle::with_template(&template).expect("a constant template");
-        style.progress_chars("=> ").with_key("text", write)
+        style.progress_chars("=> ").tick_chars(TICKS).with_key("text", write)
     }
 
     fn columns(&self) -> usize {
         if self.name.is_some() { NAMED_BAR_COLUMNS } else { BAR_COLUMNS }
     }
 
+    /// What a line has before its words.
+    fn columns_before(&self, look: Look) -> usize {
+        match look {
+            Look::Bar => self.columns() + FRAME_COLUMNS,
+            Look::Words => 1, // the cursor's
+            Look::Spinner => FRAME_COLUMNS,
+        }
+    }
+
     /// Cut to the terminal: a line that wraps could not be drawn over.
-    fn fitting(&self, status: &str) -> String {
-        let columns = tcgetwinsize(stderr()).map(|size| size.ws_col).ok().filter(|columns| *columns > 0);
-        let room = usize::from(columns.unwrap_or(USUAL_COLUMNS)).saturating_sub(self.columns() + FRAME_COLUMNS);
+    fn fitting(&self, status: &str, room: usize) -> String {
         let mut text = match &self.name {
             None => status.to_owned(),
             Some(name) => format!("{name}: {status}"),
@@ -101,6 +128,11 @@ impl Bar {
     pub fn clear(&self) {
         self.bar.finish_and_clear();
     }
+}
+
+fn terminal_columns() -> usize {
+    let columns = tcgetwinsize(stderr()).map(|size| usize::from(size.ws_col));
+    columns.ok().filter(|columns| *columns > 0).unwrap_or(USUAL_COLUMNS)
 }
 
 /// As much of a name as has room. One character is one column: what may be wider is a question mark.
