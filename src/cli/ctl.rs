@@ -4,7 +4,7 @@ use super::args::Speed;
 use super::progress::one_line;
 use super::{Ending, exit, remote};
 use crate::error::{Error, Kind, Result};
-use crate::ground::size::parse_rate;
+use crate::ground::size::{Rate, parse_rate};
 use crate::qmp::peer::{self, Peer};
 use crate::ring::folder;
 use clap::{Args, Subcommand, ValueHint};
@@ -92,12 +92,14 @@ fn obey(args: &CtlArgs) -> Result<()> {
     let mut peers = peers(args)?;
     let mut found = look(&mut peers, args.job.as_deref());
     match &args.verb {
+        // A job that was named is to be there; of a list programs see that it is empty.
+        CtlVerb::Status { json: false } if found.is_empty() && args.job.is_some() => Err(nobody()),
         CtlVerb::Status { json } => show(&found, *json),
         CtlVerb::Watch => watch(&mut peers, args.job.as_deref()),
         verb => {
             let one = match (found.pop(), found.is_empty()) {
                 (Some(one), true) => one,
-                (None, _) => return Err(Error::new(Kind::Other, "no such job runs")),
+                (None, _) => return Err(nobody()),
                 (Some(one), false) => {
                     let ids: Vec<&str> = found.iter().chain([&one]).map(|job| job.id.as_str()).collect();
                     return Err(Error::new(Kind::Usage, format!("say which with --job: {}", ids.join(", "))));
@@ -117,6 +119,10 @@ fn obey(args: &CtlArgs) -> Result<()> {
             answer.map(drop).map_err(|text| Error::new(Kind::Other, text))
         }
     }
+}
+
+fn nobody() -> Error {
+    Error::new(Kind::Other, "no such job runs")
 }
 
 fn peers(args: &CtlArgs) -> Result<Vec<Peer>> {
@@ -159,13 +165,16 @@ fn show(found: &[Found], json: bool) -> Result<()> {
         let list: Vec<&Value> = found.iter().map(|job| &job.shown).collect();
         text = format!("{}\n", json!(list));
     } else {
+        if found.is_empty() {
+            let _ = writeln!(io::stderr(), "drive-backup: no job runs");
+        }
         for job in found {
             let number = |name: &str| job.shown[name].as_u64().unwrap_or(0);
             let percent = number("offset").saturating_mul(100).checked_div(number("len")).unwrap_or(0);
             let status = job.shown["status"].as_str().unwrap_or_default();
             let speed = match number("speed") {
                 0 => "no limit".to_owned(),
-                speed => format!("at most {} bytes/s", speed),
+                speed => format!("at most {}", Rate(speed)),
             };
             text += &format!("{}\n", one_line(&format!("{}: {status}, {percent} %, {speed}, {}", job.id, job.disk)));
         }

@@ -37,6 +37,10 @@ fn a_plain_run_is_found_watched_and_steered() {
     assert_eq!(backup.ended().code, 1);
     assert!(!target.exists() && !bench.path("qmp").exists());
     ctl(&["cancel"]).fails(1, "no such job runs");
+    ctl(&["status"]).fails(1, "no such job runs");
+    assert_eq!(ctl(&["status", "--json"]).succeeds().stdout, b"[]\n");
+    let nothing = drive_backup(&[&["ctl"], &dir[..], &["status"]].concat());
+    assert_eq!((nothing.code, nothing.stdout.len(), &*nothing.stderr), (0, 0, "drive-backup: no job runs\n"));
 }
 
 /// A run over `device`, of which QMP clients hear.
@@ -95,7 +99,7 @@ fn watch_shows_all_jobs_on_a_terminal_until_they_are_over() {
     let said = drive_backup(&["ctl", "--writer-dir", text(&folder), "status"]).succeeds().stdout.clone();
     let said = String::from_utf8(said).unwrap();
     let disk = text(&bench.path("disk.raw")).to_owned();
-    assert!(said.starts_with("disk: running, ") && said.ends_with(&format!(" bytes/s, {disk}\n")), "{said}");
+    assert!(said.starts_with("disk: running, ") && said.ends_with(&format!(" MiB/s, {disk}\n")), "{said}");
     let mut command = std::process::Command::new(BINARY);
     command.args(["ctl", "--writer-dir", text(&folder), "watch"]).env("TERM", "xterm");
     let mut terminal = expectrl::Session::spawn(command).unwrap();
