@@ -26,18 +26,23 @@ impl Location {
     pub fn parse(word: &Path) -> Result<Self> {
         match word.to_str().filter(|word| is_nbd(word)) {
             Some(word) => Self::of_nbd(word),
-            None => Ok(Self::of_qemu(word).unwrap_or_else(|| Self::Path(word.to_owned()))),
+            None => Self::of_qemu(word)?.map_or_else(|| Ok(Self::Path(word.to_owned())), Ok),
         }
     }
 
     #[cfg(feature = "nbd")]
-    fn of_qemu(word: &Path) -> Option<Self> {
-        word.to_str().and_then(Remote::parse).map(Self::Qemu)
+    fn of_qemu(word: &Path) -> Result<Option<Self>> {
+        let Some(text) = word.to_str() else { return Ok(None) };
+        let remote = Remote::parse(text);
+        if let (None, Some(hint)) = (&remote, hint_of(text)) {
+            return Err(Error::new(Kind::Usage, format!("'{text}' is no place that is known: {hint}")));
+        }
+        Ok(remote.map(Self::Qemu))
     }
 
     #[cfg(not(feature = "nbd"))]
-    fn of_qemu(_: &Path) -> Option<Self> {
-        None
+    fn of_qemu(_: &Path) -> Result<Option<Self>> {
+        Ok(None)
     }
 
     #[cfg(feature = "nbd")]
@@ -94,6 +99,23 @@ fn is_nbd(word: &str) -> bool {
     ["nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock"].contains(&scheme.as_str())
 }
 
+/// What to write instead of a word that is no path, though nobody has its scheme.
+#[cfg(feature = "nbd")]
+fn hint_of(word: &str) -> Option<&'static str> {
+    let is_scheme = |scheme: &str| {
+        let is_of_one = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
+        scheme.starts_with(|c: char| c.is_ascii_alphabetic()) && scheme.chars().all(is_of_one)
+    };
+    match word.split_once("://") {
+        _ if word.starts_with("nbd:") => Some("write nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH"),
+        Some((scheme, _)) if scheme.eq_ignore_ascii_case("file") => Some("write the path alone"),
+        Some((scheme, _)) if is_scheme(scheme) => Some(
+            "schemes are nbd, nbds, nbd+unix, nbds+unix, ssh, http, https, ftp, ftps, nfs, gluster, iscsi, iser and rbd:",
+        ),
+        _ => None,
+    }
+}
+
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.name().display().fmt(f)
@@ -104,5 +126,26 @@ impl<P: Into<PathBuf>> From<P> for Location {
     /// A path, whatever it looks like.
     fn from(path: P) -> Self {
         Self::Path(path.into())
+    }
+}
+
+#[cfg(all(test, feature = "nbd"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scheme_that_nobody_has_is_refused_with_a_hint_and_a_path_is_a_path() {
+        for (word, hint) in [
+            ("nbd:localhost:10809", "write nbd://HOST:PORT"),
+            ("file:///srv/disk.raw", "write the path alone"),
+            ("s3://bucket/disk", "schemes are nbd, "),
+        ] {
+            let error = Location::parse(Path::new(word)).unwrap_err();
+            assert_eq!(error.kind(), Kind::Usage);
+            assert!(error.to_string().starts_with(&format!("'{word}' is no place that is known: {hint}")), "{error}");
+        }
+        for word in ["a:b.raw", "./nbd:x", "./s3://x", "dir/x://y", "C:\\disk", "a//b"] {
+            assert_eq!(Location::parse(Path::new(word)).unwrap(), Location::from(word));
+        }
     }
 }
