@@ -34,7 +34,11 @@ impl Bound {
             io::ErrorKind::InvalidInput
             | io::ErrorKind::InvalidFilename
             | io::ErrorKind::NotFound
-            | io::ErrorKind::NotADirectory => Error::system(Kind::Usage, format!("listen at '{}'", path.display()), e),
+            | io::ErrorKind::NotADirectory
+            | io::ErrorKind::PermissionDenied
+            | io::ErrorKind::ReadOnlyFilesystem => {
+                Error::system(Kind::Usage, format!("listen at '{}'", path.display()), e)
+            }
             _ => Error::system(Kind::Other, format!("listen at '{}'", path.display()), e),
         };
         // Of two servers that find a dead one's socket only one may remove it.
