@@ -153,8 +153,10 @@ impl GoodEnd<'_> {
         if self.compared {
             return format!("verified: {total}, {data} of it data, in {took}, {rate}; as its manifest says");
         }
+        let written = self.summary.written.map(|written| format!("; {} differed and was written", Bytes(written)));
+        let written = written.unwrap_or_default();
         let proven = if self.summary.verified == Some(true) { ", read back and compared" } else { "" };
-        format!("complete: {total}, {data} of it data, in {took}, {rate}; {stable}{proven}")
+        format!("complete: {total}, {data} of it data, in {took}, {rate}; {stable}{proven}{written}")
     }
 
     /// The ranges that are missing, a line each: they must be known even where success is silent.
