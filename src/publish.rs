@@ -15,7 +15,7 @@ mod partial;
 use crate::error::{Error, Kind, Result, Side};
 use crate::hold::{self, Place as At};
 use crate::image::lock::{self, Mark};
-use crate::image::medium::Identity;
+use crate::image::medium::{self, Identity};
 use partial::Partial;
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 use rustix::io::{Errno, retry_on_intr};
@@ -332,7 +332,7 @@ impl Old {
             Err(e) => return Err(failed(e)),
         };
         if !metadata.is_file() {
-            return Err(failed(refusal(&metadata)));
+            return Err(failed(medium::refusal(metadata.file_type())));
         }
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         // A file that can't be read is replaced like any other, without a way back.
@@ -344,23 +344,6 @@ impl Old {
         }
         Ok(Some(Self { metadata, held }))
     }
-}
-
-fn refusal(metadata: &Metadata) -> io::Error {
-    use std::os::unix::fs::FileTypeExt;
-    let file_type = metadata.file_type();
-    let what = if file_type.is_dir() {
-        "is a directory"
-    } else if file_type.is_fifo() {
-        "is a fifo"
-    } else if file_type.is_socket() {
-        "is a socket"
-    } else if file_type.is_block_device() {
-        "is a block device, which can't be replaced"
-    } else {
-        "is not a regular file"
-    };
-    io::Error::new(io::ErrorKind::InvalidInput, what)
 }
 
 fn cannot_exchange(error: &io::Error) -> bool {

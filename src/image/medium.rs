@@ -100,9 +100,12 @@ pub fn drop_cache(file: &File) -> io::Result<()> {
 }
 
 fn check_type(file_type: FileType) -> io::Result<()> {
-    let (kind, what) = if file_type.is_file() || file_type.is_block_device() {
-        return Ok(());
-    } else if file_type.is_dir() {
+    if file_type.is_file() || file_type.is_block_device() { Ok(()) } else { Err(refusal(file_type)) }
+}
+
+/// What is wrong with something that is no regular file.
+pub fn refusal(file_type: FileType) -> io::Error {
+    let (kind, what) = if file_type.is_dir() {
         (io::ErrorKind::IsADirectory, "is a directory")
     } else if file_type.is_fifo() {
         (io::ErrorKind::InvalidInput, "is a fifo")
@@ -110,10 +113,12 @@ fn check_type(file_type: FileType) -> io::Result<()> {
         (io::ErrorKind::InvalidInput, "is a socket")
     } else if file_type.is_char_device() {
         (io::ErrorKind::InvalidInput, "is a character device")
+    } else if file_type.is_block_device() {
+        (io::ErrorKind::InvalidInput, "is a block device")
     } else {
         (io::ErrorKind::InvalidInput, "is neither a regular file nor a block device")
     };
-    Err(io::Error::new(kind, what))
+    io::Error::new(kind, what)
 }
 
 #[cfg(test)]
