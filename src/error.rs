@@ -17,7 +17,7 @@ pub enum Kind {
     InstantLost,
     /// Verification found a difference.
     Differs,
-    /// Source or target is locked or mounted, or another backup of it runs; nothing was touched.
+    /// Source or target is locked, the target is mounted, or another backup of it runs; nothing was touched.
     Busy,
     /// A command of the user failed.
     Hook,
