@@ -137,14 +137,19 @@ impl Node<'_> {
             (Some(start), Some(end)) if start < end => text[end + 3..].to_owned(),
             _ => text,
         };
-        let text = match text.contains("Unknown protocol") {
-            true => format!("{text}: QEMU has no driver for it here (Debian: package qemu-block-extra)"),
-            false => text,
+        let text = match self {
+            Self::Remote { place, .. } if NO_DRIVER.iter().any(|said| text.contains(said)) => {
+                format!("QEMU has no driver for {} here (Debian: package qemu-block-extra)", place.scheme())
+            }
+            _ => text,
         };
         let failure = Error::file(side, during, self.name(), io::Error::new(error.kind(), text));
         if is_locked { failure.with_kind(Kind::Busy) } else { failure }
     }
 }
+
+/// What QEMU's versions say of a protocol whose driver is not installed.
+const NO_DRIVER: [&str; 2] = ["Unknown protocol", "A block device must be specified for \"file\""];
 
 /// Another process has the image: QEMU says that in words alone.
 fn is_lock(error: &io::Error) -> bool {
@@ -217,6 +222,19 @@ mod tests {
         let said = "qemu-nbd: Failed to blk_new_open 'json:{\"driver\":\"vdi\"}': Invalid header";
         let error = node.failed(Side::Source, "open", io::Error::other(said));
         assert_eq!(error.to_string(), "open source '/x': Invalid header");
+    }
+
+    #[test]
+    fn a_driver_that_is_not_installed_is_named_with_its_package() {
+        let place = Remote::parse("rbd:backup/disk").unwrap();
+        let node = Node::Remote { place: &place, format: None };
+        for said in
+            ["Unknown protocol 'rbd'", "Failed to blk_new_open 'rbd:x': A block device must be specified for \"file\""]
+        {
+            let error = node.failed(Side::Target, "open", io::Error::other(said)).to_string();
+            let why = "QEMU has no driver for rbd here (Debian: package qemu-block-extra)";
+            assert_eq!(error, format!("open target 'rbd:backup/disk': {why}"));
+        }
     }
 
     #[test]
