@@ -29,13 +29,15 @@ const STEP: u64 = 1 << 20;
 /// Opens and checks disks as [`super::run_all`] does, says what it would take ([`Event::Rehearsed`]), and lets everything go
 /// again. Nothing is written but the empty file beside a new target, which is removed at once. Blocks for some seconds.
 pub fn rehearse_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
+    let ended: &Ended<'_> = &|place, result| {
+        // As at the end of a backup.
+        disks[place].job.end(true);
+        ended(place, result);
+    };
     let opened: Result<Vec<Ready<'_>>> = disks.iter().map(|&disk| open(disk)).collect();
     let ready = match opened {
         Ok(ready) => ready,
-        Err(error) => {
-            disks.iter().for_each(|disk| disk.job.settle());
-            return fail_all(disks.len(), error, ended);
-        }
+        Err(error) => return fail_all(disks.len(), error, ended),
     };
     for (place, (disk, ready)) in disks.iter().zip(ready).enumerate() {
         let rehearsed = rehearse(disk, &ready).map(|rehearsal| {
@@ -44,7 +46,6 @@ pub fn rehearse_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
         });
         // Whoever hears of the end may end the process: until then the empty file is to be gone.
         drop(ready);
-        disk.job.settle();
         ended(place, rehearsed.map_err(|error| Failure { error, target: TargetState::Untouched }));
     }
 }
