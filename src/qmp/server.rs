@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 const MOST_CLIENTS: usize = 16;
 /// Between two looks for clients that have got everything.
 const LOOK: Duration = Duration::from_millis(5);
+/// After a client could not be let in.
+const BREATHER: Duration = Duration::from_millis(100);
 /// The sockets that are found without being named.
 pub(super) const PRIVATE_PREFIX: &str = "qmp-";
 
@@ -167,23 +169,26 @@ pub(super) fn private_sockets(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn accept(bound: &Bound, shared: &Arc<Shared>) {
-    while let Ok((stream, _)) = bound.listener().accept() {
-        if shared.stopping.load(Relaxed) {
-            return;
+    loop {
+        match bound.listener().accept() {
+            _ if shared.stopping.load(Relaxed) => return,
+            Ok((stream, _)) => let_in(stream, shared),
+            // Of open files, say, there may be fewer soon.
+            Err(_) => thread::sleep(BREATHER),
         }
-        let Some(queue) = shared.hub.join(MOST_CLIENTS) else {
-            refuse(&stream);
-            continue;
-        };
-        let (own, left) = (Arc::clone(shared), Arc::clone(&queue));
-        let serve = move || {
-            // A client's own trouble.
-            let _ = client::serve(stream, &queue, &own);
-            own.hub.leave(&queue);
-        };
-        if thread::Builder::new().name("qmp-read".to_owned()).spawn(serve).is_err() {
-            shared.hub.leave(&left);
-        }
+    }
+}
+
+fn let_in(stream: UnixStream, shared: &Arc<Shared>) {
+    let Some(queue) = shared.hub.join(MOST_CLIENTS) else { return refuse(&stream) };
+    let (own, left) = (Arc::clone(shared), Arc::clone(&queue));
+    let serve = move || {
+        // A client's own trouble.
+        let _ = client::serve(stream, &queue, &own);
+        own.hub.leave(&queue);
+    };
+    if thread::Builder::new().name("qmp-read".to_owned()).spawn(serve).is_err() {
+        shared.hub.leave(&left);
     }
 }
 

@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 #[test]
 fn a_client_that_never_reads_and_hostile_ones_stop_nothing() {
@@ -54,6 +55,28 @@ fn a_client_that_never_reads_and_hostile_ones_stop_nothing() {
     bench.assert_copied();
     client.ask("quit", json!({}));
     assert_eq!(server.ended().code, 0);
+}
+
+#[test]
+fn a_server_that_has_no_file_left_lets_clients_in_when_it_has() {
+    let bench = Bench::new();
+    let server = bench.serve();
+    drop(Client::connect(&bench.path("qmp")));
+    let id = server.id().to_string();
+    let files = |most: &str| run("prlimit", &["--pid", &id, &format!("--nofile={most}:")]);
+    files("3");
+    // A server that waits for a client has a file for it already; more it has not.
+    let first = UnixStream::connect(bench.path("qmp")).unwrap();
+    first.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(BufReader::new(&first).read_line(&mut String::new()).unwrap(), 0);
+    let waits = UnixStream::connect(bench.path("qmp")).unwrap();
+    waits.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    assert!(BufReader::new(&waits).read_line(&mut String::new()).is_err(), "it has no file for this client");
+    files("1024");
+    waits.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut greeting = String::new();
+    BufReader::new(&waits).read_line(&mut greeting).unwrap();
+    assert!(greeting.contains("QMP"), "{greeting}");
 }
 
 #[test]
