@@ -2,14 +2,20 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 /// Puts `bytes` in the place of what `path` names. Not flushed: after a power cut the old contents are as good. A symbolic
 /// link is replaced. On an error, in one line, the old contents stay.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), String> {
     let beside = beside(path);
-    let written = File::create(&beside).and_then(|mut file| file.write_all(bytes));
+    // Never through a link that somebody else has put there.
+    let create = || File::options().write(true).create_new(true).open(&beside);
+    let created = match create() {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => fs::remove_file(&beside).and_then(|()| create()),
+        created => created,
+    };
+    let written = created.and_then(|mut file| file.write_all(bytes));
     written.and_then(|()| fs::rename(&beside, path)).map_err(|error| {
         // Whatever is there is ours.
         let _ = fs::remove_file(&beside);
@@ -38,6 +44,16 @@ mod tests {
             assert_eq!(fs::read(&path).unwrap(), bytes);
         }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_link_in_the_way_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, precious) = (folder.path().join("status"), folder.path().join("precious"));
+        fs::write(&precious, "precious").unwrap();
+        std::os::unix::fs::symlink(&precious, beside(&path)).unwrap();
+        replace(&path, b"news").unwrap();
+        assert_eq!((fs::read(&path).unwrap(), fs::read(&precious).unwrap()), (b"news".to_vec(), b"precious".to_vec()));
     }
 
     #[test]
