@@ -286,6 +286,7 @@ impl Disk {
     pub fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> io::Result<()> {
         self.check(range, Errno::NOSPC)?;
         let Some(_bracket) = self.change(range)? else { return Ok(()) };
+        let _turn = self.refuse_zeroed_header(range)?;
         match &self.raw {
             _ if may_unmap => self.image.write_zeroes(range),
             Some(raw) => raw.write_zeroes_allocated(range),
@@ -297,6 +298,7 @@ impl Disk {
     pub fn write_zeroes_fast(&self, range: ByteRange, may_unmap: bool) -> io::Result<()> {
         self.check(range, Errno::NOSPC)?;
         let Some(_bracket) = self.change(range)? else { return Ok(()) };
+        let _turn = self.refuse_zeroed_header(range)?;
         match &self.raw {
             Some(raw) if raw.write_zeroes_fast(range, may_unmap)? => Ok(()),
             _ => Err(Errno::OPNOTSUPP.into()),
@@ -307,6 +309,7 @@ impl Disk {
     pub fn discard(&self, range: ByteRange) -> io::Result<()> {
         self.check(range, Errno::INVAL)?;
         let Some(_bracket) = self.change(range)? else { return Ok(()) };
+        let _turn = self.refuse_zeroed_header(range)?;
         self.image.discard(range)
     }
 
@@ -343,12 +346,26 @@ impl Disk {
 
     /// See the module. Writes of the first sector take turns until the guard is dropped: two halves of a header must not pass.
     fn refuse_header(&self, buf: &[u8], offset: u64) -> io::Result<Option<MutexGuard<'_, Probe>>> {
-        let Some(guess) = self.guess.as_ref().filter(|_| offset < probe::LENGTH as u64) else { return Ok(None) };
+        let range = ByteRange::new(offset, buf.len() as u64);
+        self.refuse_start(range, |start| start.copy_from_slice(&buf[..start.len()]))
+    }
+
+    /// The same of zeroes: they may be what a header lacks, since some magic bytes end with one.
+    fn refuse_zeroed_header(&self, range: ByteRange) -> io::Result<Option<MutexGuard<'_, Probe>>> {
+        self.refuse_start(range, |start| start.fill(0))
+    }
+
+    fn refuse_start(
+        &self,
+        range: ByteRange,
+        change: impl FnOnce(&mut [u8]),
+    ) -> io::Result<Option<MutexGuard<'_, Probe>>> {
+        let Some(guess) = self.guess.as_ref().filter(|_| range.offset < probe::LENGTH as u64) else { return Ok(None) };
         let turn = guess.lock().unwrap_or_else(PoisonError::into_inner);
         let mut start = vec![0; self.length.min(probe::LENGTH as u64) as usize];
         self.image.read_at(&mut start, 0)?;
-        let (at, end) = (offset as usize, start.len().min(offset as usize + buf.len()));
-        start[at..end].copy_from_slice(&buf[..end - at]);
+        let end = range.end().min(start.len() as u64) as usize;
+        change(&mut start[range.offset as usize..end]);
         let looks = probe(&start);
         match looks.format == Format::Raw && looks.foreign.is_none() || looks == *turn {
             true => Ok(Some(turn)),

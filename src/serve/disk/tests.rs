@@ -80,6 +80,26 @@ fn requests_past_the_end_are_refused_and_the_image_does_not_grow() {
 }
 
 #[test]
+fn zeroes_complete_no_header_of_another_format() {
+    let folder = tempfile::tempdir().unwrap();
+    let [raw, _] = images(&folder);
+    let disk = Disk::open(&options(&folder, &raw)).unwrap();
+    disk.write(b"QEDx", 0).unwrap();
+    // The fourth of QED's magic bytes is zero.
+    let missing = ByteRange::new(3, 1);
+    assert_eq!(errno(disk.write(b"\0", 3)), code(Errno::PERM));
+    assert_eq!(errno(disk.write_zeroes(missing, true)), code(Errno::PERM));
+    assert_eq!(errno(disk.write_zeroes(missing, false)), code(Errno::PERM));
+    assert_eq!(errno(disk.write_zeroes_fast(missing, true)), code(Errno::PERM));
+    assert_eq!(errno(disk.discard(ByteRange::new(3, 65_536))), code(Errno::PERM));
+    let mut start = [0; 4];
+    disk.read(&mut start, 0).unwrap();
+    assert_eq!(&start, b"QEDx");
+    disk.write_zeroes(ByteRange::new(2, 2), true).unwrap();
+    disk.discard(ByteRange::new(0, 65_536)).unwrap();
+}
+
+#[test]
 fn a_read_only_disk_refuses_every_change_and_lets_others_read() {
     let folder = tempfile::tempdir().unwrap();
     for path in images(&folder) {
