@@ -13,7 +13,7 @@ use drive_backup::ring::server::{OnCbwError, Options, Trap, Writers};
 use drive_backup::ring::socket::{self, Received};
 use drive_backup::snapshot::tracker::FreeMap;
 use drive_backup::writer::Writer;
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, kill_process, prlimit, waitpid};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -403,6 +403,44 @@ fn what_a_killed_backup_left_delays_no_writer() {
         .unwrap()
         .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().starts_with("backup-"));
     assert_eq!(left.count(), 0, "swept");
+}
+
+/// Of the thread that listens for backups, in clock ticks (10 ms).
+fn ticks_of_service(writer: &Player) -> u64 {
+    let tasks = format!("/proc/{}/task", writer.child.id());
+    let stat_of = |task: std::io::Result<fs::DirEntry>| fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+    let since = Instant::now();
+    loop {
+        // It has its name once it runs.
+        if let Some(stat) = fs::read_dir(&tasks).unwrap().map(stat_of).find(|stat| stat.contains("(drive-backup)")) {
+            // proc(5): utime and stime are the 12th and 13th field behind the name.
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+            return fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
+        }
+        assert!(since.elapsed() < HANGS, "no thread listens");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_writer_that_may_open_nothing_rests_and_is_attached_when_it_may() {
+    let scene = Scene::new();
+    let mut writer = scene.play("writer");
+    writer.says("writing");
+    scene.wait_for_writes(1);
+    let files = |most: u64| {
+        let most = Rlimit { current: Some(most), maximum: Some(1024) };
+        prlimit(Some(Pid::from_child(&writer.child)), Resource::Nofile, most).unwrap();
+    };
+    // It has these, and needs no more for its poll.
+    files(3);
+    let before = ticks_of_service(&writer);
+    let refused = attach(scene.temp.path(), HANGS).err().expect("the writer lives and can't be attached");
+    assert_eq!(refused.kind(), Kind::InstantLost);
+    let spent = ticks_of_service(&writer) - before;
+    assert!(spent < 50, "{spent} ticks in the two seconds of a backup's patience");
+    files(1024);
+    drop(scene.attach());
 }
 
 #[test]

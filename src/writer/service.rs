@@ -33,6 +33,9 @@ use std::time::{Duration, Instant};
 
 /// How long a connection may take to say what it wants.
 const PENDING: Duration = Duration::from_secs(2);
+/// After a connection could not be accepted, which stays there as long as the program may open nothing more. A thread that
+/// tried all the time would take a processor from the writer.
+const BREATHER: Duration = Duration::from_millis(10);
 
 /// What the callback's thread leaves behind.
 type Outcome = Arc<Mutex<Option<io::Result<()>>>>;
@@ -58,6 +61,8 @@ struct Service {
     listener: OwnedFd,
     folder: Arc<Folder>,
     link: Link,
+    /// Until then nobody is accepted.
+    closed_until: Option<Instant>,
 }
 
 /// What a packet or an event leads to, for the one who is attached.
@@ -70,7 +75,7 @@ enum Step {
 
 /// Starts the thread. It ends after [`Shared::stop`] is set and the bell rings.
 pub fn start(shared: Arc<Shared>, listener: OwnedFd, folder: Arc<Folder>) -> io::Result<JoinHandle<()>> {
-    let mut service = Service { shared, listener, folder, link: Link::None };
+    let mut service = Service { shared, listener, folder, link: Link::None, closed_until: None };
     thread::Builder::new().name("drive-backup".into()).spawn(move || {
         // The program's signals are for the program's threads.
         let _ = nix::sys::signal::SigSet::all().thread_block();
@@ -102,15 +107,19 @@ impl Service {
             Link::Pending(socket, until) => (Some(socket.as_fd()), Some(*until)),
             Link::Attached(session, _) => (Some(session.socket.as_fd()), self.shared.control().frozen_until),
         };
-        let mut fds = vec![PollFd::new(&self.shared.bell, PollFlags::IN), PollFd::new(&self.listener, PollFlags::IN)];
+        self.closed_until.take_if(|until| Instant::now() >= *until);
+        let awaited = if self.closed_until.is_some() { none } else { PollFlags::IN };
+        let mut fds = vec![PollFd::new(&self.shared.bell, PollFlags::IN), PollFd::new(&self.listener, awaited)];
         fds.extend(connection.iter().map(|fd| PollFd::new(fd, PollFlags::IN)));
-        let timeout = deadline.map(|until| {
+        let timeout = deadline.into_iter().chain(self.closed_until).min().map(|until| {
             let remaining = until.saturating_duration_since(Instant::now());
             // A nanosecond later, so that it has passed.
             Timespec { tv_sec: remaining.as_secs() as i64, tv_nsec: i64::from(remaining.subsec_nanos()) }
         });
-        // EINTR can't be, since signals are blocked; anything else is looked at in the next turn.
-        let _ = rustix::event::poll(&mut fds, timeout.as_ref());
+        // EINTR can't be, since signals are blocked; of memory or files there may be enough in the next turn.
+        if rustix::event::poll(&mut fds, timeout.as_ref()).is_err() {
+            thread::sleep(BREATHER);
+        }
         let [bell, connecting] = [0, 1].map(|at| fds[at].revents() != none);
         let readable = fds.get(2).is_some_and(|fd| fd.revents() != none);
         drop(fds);
@@ -130,7 +139,10 @@ impl Service {
     }
 
     fn accept(&mut self) {
-        let Ok(socket) = socket::accept(&self.listener) else { return };
+        let Ok(socket) = socket::accept(&self.listener) else {
+            self.closed_until = Some(Instant::now() + BREATHER);
+            return;
+        };
         match socket::peer(&socket) {
             Ok(peer) if self.folder.trusts(peer.uid()) => {}
             _ => return refuse(socket, Errno::PERM),

@@ -337,6 +337,8 @@ fn a_signal_in_the_midst_of_a_write_lets_it_end_and_be_answered() {
         let (server, client) = scene.held_while_writing();
         server.running.signal(signal);
         scene.hears("STOPPING=1");
+        // Until then one that does not wait for the write has cut it off; one that does has time.
+        std::thread::sleep(Duration::from_millis(200));
         server.ends_in_order(signal, &what);
         client.end().unwrap_or_else(|e| panic!("{what}: {e}"));
         assert_eq!((scene.byte_at(HELD), scene.byte_at(OTHER)), (b'w', b'o'), "{what}");
