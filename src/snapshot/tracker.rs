@@ -174,9 +174,11 @@ impl Tracker {
         self.lock().trapped
     }
 
-    /// Bytes that are not yet on the target and in nobody's hands.
+    /// Bytes that are not yet on the target and in nobody's hands: there for a copier to claim, so none once it was
+    /// stopped or lost.
     pub fn dirty_bytes(&self) -> u64 {
-        self.lock().state.dirty_bytes()
+        let shared = self.lock();
+        if shared.is_over() { 0 } else { shared.state.dirty_bytes() }
     }
 
     /// Clusters that the overlay holds.

@@ -14,6 +14,7 @@ use crate::snapshot::tracker::FreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 const SECTOR: usize = 64;
 const CLUSTER: u64 = 512;
@@ -234,6 +235,15 @@ impl Bench {
         }
     }
 
+    /// The real one; `copy` stands for copiers that give back and forget.
+    fn copier<'a>(&'a self, job: &'a Job, granule: u64, hole: Option<u64>) -> Copier<'a> {
+        let (source, overlay) = (&*self.disk, Some(&*self.overlay));
+        let ends = Ends { source, overlay, target: &self.target, unallocated: None };
+        let (on_source_error, on_target_error) = (OnError::Report, OnError::Report);
+        let rules = Rules { granule, hole, yields: false, on_source_error, on_target_error };
+        Copier::new(job, &Silent, &self.tracker, ends, rules)
+    }
+
     /// What the target has where it is not the instant.
     fn first_difference(&self) -> Option<String> {
         for (n, now) in self.target.sectors.iter().enumerate() {
@@ -323,12 +333,7 @@ fn copier_takes_the_instant_of_a_sparse_disk_that_is_written() {
         let plan = Plan { granule: CLUSTER << random.below(3), ascending: random.one_in(8) };
         let bench = Bench::new(Disk::new(length), None, plan);
         let job = Job::new(None);
-        let (source, overlay) = (&*bench.disk, Some(&*bench.overlay));
-        let ends = Ends { source, overlay, target: &bench.target, unallocated: None };
-        let (on_source_error, on_target_error) = (OnError::Report, OnError::Report);
-        let hole = random.one_in(2).then_some(CLUSTER);
-        let rules = Rules { granule: plan.granule, hole, yields: false, on_source_error, on_target_error };
-        let copier = Copier::new(&job, &Silent, &bench.tracker, ends, rules);
+        let copier = bench.copier(&job, plan.granule, random.one_in(2).then_some(CLUSTER));
         let copied = AtomicBool::new(false);
         thread::scope(|scope| {
             for _ in 0..2 {
@@ -348,6 +353,31 @@ fn copier_takes_the_instant_of_a_sparse_disk_that_is_written() {
         assert_eq!(bench.first_difference(), None, "seed {seed}");
         assert_eq!(bench.overlay.usage().used, 0, "seed {seed}");
     }
+}
+
+#[test]
+fn an_instant_that_was_given_up_ends_the_copy_however_long_its_writers_go_on() {
+    let bench = Bench::new(Disk::new(4 << 20), None, SMALL);
+    let job = Job::new(None);
+    job.pause();
+    let copier = bench.copier(&job, CLUSTER, None);
+    let copied = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            bench.preserver.before_write(one_cluster(0)).unwrap();
+            bench.tracker.stop();
+            job.resume();
+            let patience = Instant::now();
+            while !copied.load(Ordering::Relaxed) && patience.elapsed() < Duration::from_secs(20) {
+                bench.preserver.before_write(one_cluster(0)).unwrap();
+            }
+            copied.load(Ordering::Relaxed)
+        });
+        let error = copier.run(8).unwrap_err();
+        copied.store(true, Ordering::Relaxed);
+        assert_eq!(error.kind(), Kind::InstantLost);
+        assert!(writer.join().unwrap(), "the copy waited for the writer's last write");
+    });
 }
 
 fn one_cluster(n: u64) -> ByteRange {

@@ -148,6 +148,16 @@ fn claim_failed_after_its_release_loses_the_instant_and_lets_everybody_go() {
 }
 
 #[test]
+fn what_was_given_up_leaves_nothing_to_claim() {
+    let (stopped, lost) = (tracker(3), tracker(3));
+    assert_eq!(stopped.dirty_bytes(), 3 * CLUSTER);
+    stopped.stop();
+    lost.claim_next(CLUSTER).unwrap().source_read();
+    assert!(lost.is_lost() && !lost.is_stopped());
+    assert_eq!((stopped.dirty_bytes(), lost.dirty_bytes()), (0, 0));
+}
+
+#[test]
 fn failed_capture_leaves_the_cluster_dirty_and_the_next_write_tries_again() {
     let tracker = tracker(1);
     let full = |_| Err("overlay is full");
