@@ -11,7 +11,7 @@ use drive_backup::monitor::{Event, Monitor, Started};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 /// No wait lasts so long unless something hangs, on whatever machine.
@@ -100,12 +100,14 @@ pub fn each_seed(default: u64, each: u64, test: impl Fn(u64) + Sync) {
         while let (false, run) = (failed.load(Relaxed), next.fetch_add(1, Relaxed))
             && let Some(seed) = seeds.get(run)
         {
+            let again = format!("DRIVE_BACKUP_SEED={seed} cargo test --test live -- --exact {name}");
+            let ended = said_if_it_lasts(format!("the seed {seed} lasts long; this runs it again:\n{again}"));
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(seed))) {
                 failed.store(true, Relaxed);
-                eprintln!("the seed was {seed}; this runs it again:");
-                eprintln!("DRIVE_BACKUP_SEED={seed} cargo test --test live -- --exact {name}");
+                eprintln!("the seed was {seed}; this runs it again:\n{again}");
                 resume_unwind(panic);
             }
+            drop(ended);
         }
     };
     std::thread::scope(|scope| {
@@ -116,6 +118,17 @@ pub fn each_seed(default: u64, each: u64, test: impl Fn(u64) + Sync) {
     // Each thread asked for one that it did not get.
     let runs = next.into_inner() - 2;
     eprintln!("seeds {} to {}: {runs} runs of {name}", seeds.first, seeds.first + (runs.max(1) - 1) * seeds.step);
+}
+
+/// Says `what` unless what it gives is dropped in time: whoever ends a test that hangs is to know which seed did.
+fn said_if_it_lasts(what: String) -> mpsc::Sender<()> {
+    let (running, ended) = mpsc::channel();
+    std::thread::spawn(move || {
+        if ended.recv_timeout(HANGS) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("{what}");
+        }
+    });
+    running
 }
 
 /// A folder of the test's own, in memory.

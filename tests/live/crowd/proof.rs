@@ -130,7 +130,7 @@ pub fn read(path: &Path) -> Vec<Entry> {
     entries
 }
 
-/// Moments from, to; sorted, none touches another.
+/// Moments from, to; sorted, none touches another: so what many sectors have in common stays short.
 type Moments = Vec<(u64, u64)>;
 
 fn common(one: &Moments, other: &Moments) -> Moments {
@@ -145,16 +145,21 @@ fn moments_of(sector: u64, bytes: &[u8], history: &[Entry], writer: u64) -> Mome
     let sequence = u64::from_le_bytes(bytes[8..16].try_into().unwrap());
     let is_whole = bytes == contents(sector, 1, sequence, if sequence == 0 { 0 } else { writer });
     let mut moments = Moments::new();
+    let mut earlier = |from, until| match moments.last_mut() {
+        Some(later) if later.0 <= until => later.0 = from,
+        _ if from <= until => moments.push((from, until)),
+        _ => {}
+    };
     let mut until = NEVER;
     for entry in history.iter().rev() {
         let fits = if entry.is_zero { is_zero } else { is_whole && entry.sequence == sequence };
-        if fits && entry.asked <= until {
-            moments.push((entry.asked, until));
+        if fits {
+            earlier(entry.asked, until);
         }
         until = until.min(entry.ended);
     }
     if is_whole && sequence == 0 {
-        moments.push((0, until));
+        earlier(0, until);
     }
     moments.reverse();
     moments
@@ -207,4 +212,15 @@ fn the_proof_tells_one_moment_from_two() {
     let mut torn = disk(1, 2);
     torn[SECTOR as usize - 1] ^= 1;
     assert!(!holds(torn, (0, 50)));
+}
+
+#[test]
+fn moments_that_touch_are_one() {
+    let zeroed = |asked, ended| Entry { sequence: 1, first: 0, count: 1, is_zero: true, asked, ended };
+    let written = Entry { sequence: 2, first: 0, count: 1, is_zero: false, asked: 50, ended: 60 };
+    let zeroes = [0; SECTOR as usize];
+    let moments = |history: &[Entry]| moments_of(0, &zeroes, history, 0);
+    assert_eq!(moments(&[zeroed(10, 20), zeroed(30, 40), written]), [(10, 60)]);
+    assert_eq!(moments(&[zeroed(10, 20), zeroed(30, NEVER), zeroed(35, 40)]), [(10, NEVER)]);
+    assert_eq!(moments(&[zeroed(10, 20), written, zeroed(70, 80)]), [(10, 60), (70, NEVER)]);
 }
