@@ -128,7 +128,7 @@ impl Held {
 
     /// Waits for its end; the exit code, and the last record, the only one of its kind.
     #[track_caller]
-    fn end(self) -> (i32, Option<Value>) {
+    fn end_of_any(self) -> (i32, Option<Value>) {
         let Self { running, hold, lines, mut records } = self;
         let code = running.ended().code;
         drop(hold);
@@ -138,12 +138,18 @@ impl Held {
         (code, records.last().filter(is_last).cloned())
     }
 
+    /// [`Held::end_of_any`] of one that was not killed: it does not end without that record.
+    #[track_caller]
+    fn end(self, what: &str) -> (i32, Value) {
+        let (code, last) = self.end_of_any();
+        (code, last.unwrap_or_else(|| panic!("{what}: no last record")))
+    }
+
     /// [`Held::end`] of one that is let go.
     #[track_caller]
-    fn let_go(self) -> (i32, Option<Value>) {
-        let Self { running, hold, lines, records } = self;
-        drop(hold);
-        Self { running, hold: None, lines, records }.end()
+    fn let_go(mut self, what: &str) -> (i32, Value) {
+        self.hold = None;
+        self.end(what)
     }
 }
 
@@ -185,8 +191,7 @@ fn a_signal_at_any_place_ends_a_backup_that_hangs_and_says_what_the_target_is() 
         held.is_cancelled();
         // At once: the first one would give it some time.
         held.running.signal(Signal::SIGINT);
-        let (code, last) = held.end();
-        let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
+        let (code, last) = held.end(&what);
         assert_eq!(code, 128 + signal as i32, "{what}: {last}");
         assert_eq!((&last["exit_code"], &last["reason"]), (&code.into(), &"signal".into()), "{what}: {last}");
         assert_eq!(last["target_state"], state_at(place), "{what}: {last}");
@@ -206,8 +211,7 @@ fn a_signal_at_any_place_ends_a_backup_in_order() {
         let mut held = scene.held(place, "60");
         held.running.signal(signal);
         held.is_cancelled();
-        let (code, last) = held.let_go();
-        let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
+        let (code, last) = held.let_go(&what);
         assert_eq!(last["exit_code"], code, "{what}: {last}");
         match last["target_state"].as_str() {
             // It was too late to cancel it.
@@ -228,8 +232,7 @@ fn killed_at_any_place_a_backup_leaves_the_old_target_or_the_whole_copy() {
         let scene = Scene::new();
         let held = scene.held(place, "60");
         held.running.signal(Signal::SIGKILL);
-        let (code, last) = held.end();
-        assert_eq!((code, last), (137, None), "{place}");
+        assert_eq!(held.end_of_any(), (137, None), "{place}");
         assert_eq!(scene.is_new(), ["Renamed", "Published"].contains(&place), "{place}");
         scene.all_goes_on(place);
     }
@@ -244,8 +247,7 @@ fn stopped_at_any_place_a_backup_holds_nobody_and_never_publishes_what_it_missed
         scene.typist.goes_on(2 * trail::BLOCKS);
         assert_eq!(scene.typist.failures(), [0; 0], "{place}");
         held.running.signal(Signal::SIGCONT);
-        let (code, last) = held.let_go();
-        let last = last.unwrap_or_else(|| panic!("{place}: no last record"));
+        let (code, last) = held.let_go(place);
         assert_eq!(last["exit_code"], code, "{place}: {last}");
         assert!([0, 6].contains(&code), "{place}: {last}");
         assert_eq!(scene.is_new(), code == 0, "{place}: {last}");
@@ -362,8 +364,7 @@ impl Held {
     #[track_caller]
     fn ends_incomplete(self, code: i32, reason: &str, what: &str) {
         let since = Instant::now();
-        let (found, last) = self.end();
-        let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
+        let (found, last) = self.end(what);
         assert_eq!(
             (found, &last["exit_code"], &last["reason"]),
             (code, &code.into(), &reason.into()),
@@ -382,8 +383,7 @@ fn a_target_whose_daemon_dies_at_any_place_is_incomplete_and_its_writer_goes_on(
         let held = scene.held_with_daemon(&uri, place, &["--reconnect-delay", "0.1", "--verify"]);
         daemon.signal(Signal::SIGKILL);
         drop(daemon);
-        let (code, last) = held.let_go();
-        let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
+        let (code, last) = held.let_go(&what);
         assert_eq!((&last["exit_code"], &last["target_state"]), (&code.into(), &"incomplete".into()), "{what}: {last}");
         assert!(code == 5 || code == 7 && place == "Verifying", "{what}: {last}");
         scene.writer_is_well(&what);
@@ -400,8 +400,7 @@ fn a_target_whose_daemon_stands_still_is_waited_for_and_holds_no_writer() {
         held.stalls(&what);
         scene.writer_is_well(&what);
         daemon.signal(Signal::SIGCONT);
-        let (code, last) = held.end();
-        let last = last.unwrap_or_else(|| panic!("{what}: no last record"));
+        let (code, last) = held.end(&what);
         assert_eq!((code, &last["exit_code"], &last["durable"]), (0, &0.into(), &true.into()), "{what}: {last}");
         trail::check(&std::fs::read(scene.path("behind")).unwrap());
     }

@@ -24,6 +24,7 @@ const fn line(
 }
 
 const DEFAULT: &[Policy] = &[Policy::Default];
+const ON_TARGET_ERROR: &[Policy] = &[Policy::TargetIgnore, Policy::TargetStop, Policy::TargetEnospc];
 const ON_CBW_ERROR: &[Policy] = &[Policy::Default, Policy::GuestWrite];
 const BROKEN: &[Fault] = &[Eio, Enospc];
 const MOVED_HARMLESSLY: &[Fault] = &[Eintr, Late, Half, Least];
@@ -50,13 +51,7 @@ pub const LINES: &[Line] = &[
     line(Place::Target, "clone", &[Eio, Enospc, Eintr, Late], DEFAULT, &[Raw]),
     line(Place::Target, "write", BROKEN, DEFAULT, NEW),
     line(Place::Target, "write", MOVED_HARMLESSLY, DEFAULT, NEW),
-    line(
-        Place::Target,
-        "write",
-        BROKEN,
-        &[Policy::TargetIgnore, Policy::TargetStop, Policy::TargetEnospc],
-        &[Raw, Direct],
-    ),
+    line(Place::Target, "write", BROKEN, ON_TARGET_ERROR, &[Raw, Direct]),
     line(Place::Target, "write-back", &[Eio, Enospc, Eintr, Late], DEFAULT, &[Large]),
     line(Place::Target, "flush", &[Eio, Enospc, Eintr, Late], DEFAULT, NEW),
     line(Place::Target, "close", BROKEN, DEFAULT, NEW),
@@ -68,13 +63,7 @@ pub const LINES: &[Line] = &[
     line(Place::Existing, "lock", &[Eagain, Eintr, Late], DEFAULT, IN_PLACE),
     line(Place::Existing, "write", BROKEN, DEFAULT, IN_PLACE),
     line(Place::Existing, "write", MOVED_HARMLESSLY, DEFAULT, IN_PLACE),
-    line(
-        Place::Existing,
-        "write",
-        BROKEN,
-        &[Policy::TargetIgnore, Policy::TargetStop, Policy::TargetEnospc],
-        &[InPlace],
-    ),
+    line(Place::Existing, "write", BROKEN, ON_TARGET_ERROR, &[InPlace]),
     line(Place::Existing, "fallocate", &[Eio, Enospc, Eopnotsupp, Eintr, Late], DEFAULT, &[InPlace]),
     line(Place::Existing, "flush", &[Eio, Enospc, Eintr, Late], DEFAULT, IN_PLACE),
     line(Place::Overlay, "open", OPENED, DEFAULT, LIVE),

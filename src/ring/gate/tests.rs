@@ -61,7 +61,7 @@ mod plain {
 #[cfg(any(loom, shuttle))]
 mod model {
     use super::*;
-    use crate::sync::Arc;
+    use crate::sync::{Arc, check_model};
     #[cfg(loom)]
     use loom::thread;
     #[cfg(shuttle)]
@@ -140,20 +140,9 @@ mod model {
         }
     }
 
-    fn check(model: impl Fn() + Send + Sync + 'static) {
-        #[cfg(loom)]
-        {
-            let mut builder = loom::model::Builder::new();
-            builder.preemption_bound = Some(3);
-            builder.check(model);
-        }
-        #[cfg(shuttle)]
-        shuttle::check_random(model, 5_000);
-    }
-
     #[test]
     fn nothing_is_in_flight_at_the_instant() {
-        check(|| {
+        check_model(3, 5_000, || {
             let shared = Arc::new(Shared::default());
             let writer = shared.clone();
             let writer = thread::spawn(move || {
@@ -168,7 +157,7 @@ mod model {
 
     #[test]
     fn a_write_that_changes_threads_is_in_flight_until_its_end() {
-        check(|| {
+        check_model(3, 5_000, || {
             let shared = Arc::new(Shared::default());
             let writer = shared.clone();
             let writer = thread::spawn(move || {
@@ -188,7 +177,7 @@ mod model {
 
     #[test]
     fn a_write_that_does_not_ask_came_before_the_instant() {
-        check(|| {
+        check_model(3, 5_000, || {
             let shared = Arc::new(Shared::default());
             let after = Arc::new(crate::sync::atomic::AtomicBool::new(false));
             let (writer, passed) = (shared.clone(), after.clone());

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::ring::gate::{Gate, Passage};
-use crate::sync::{Arc, Condvar, Mutex};
+use crate::sync::{Arc, Condvar, Mutex, check_model};
 #[cfg(loom)]
 use loom::thread;
 #[cfg(shuttle)]
@@ -179,22 +179,14 @@ impl World {
 }
 
 fn meet(is_patient: bool, dies: bool) {
-    let model = move || {
+    check_model(3, 20_000, move || {
         let world = World::new(is_patient, dies);
         let writer = world.clone();
         let writing = thread::spawn(move || writer.write());
         world.back_up();
         writing.join().unwrap();
         assert_eq!(world.disk.lock().unwrap().0, NEW);
-    };
-    #[cfg(loom)]
-    {
-        let mut builder = loom::model::Builder::new();
-        builder.preemption_bound = Some(3);
-        builder.check(model);
-    }
-    #[cfg(shuttle)]
-    shuttle::check_random(model, 20_000);
+    });
 }
 
 #[test]

@@ -336,7 +336,7 @@ mod plain {
 #[cfg(any(loom, shuttle))]
 mod model {
     use super::*;
-    use crate::sync::Arc;
+    use crate::sync::{Arc, check_model};
     #[cfg(loom)]
     use loom::thread;
     #[cfg(shuttle)]
@@ -431,18 +431,6 @@ mod model {
         }
     }
 
-    /// All orders with at most `preemptions` switches of a thread that could have gone on; as many as take seconds.
-    fn check(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
-        #[cfg(loom)]
-        {
-            let mut builder = loom::model::Builder::new();
-            builder.preemption_bound = Some(preemptions);
-            builder.check(model);
-        }
-        #[cfg(shuttle)]
-        shuttle::check_random(model, 5_000 + preemptions);
-    }
-
     fn write(shared: &Arc<Shared>, slot: usize) -> Answer {
         let mut futex = Futex(shared.clone());
         shared.region.post(slot, ByteRange::new(4096 * slot as u64 + 1, 7), &futex);
@@ -462,7 +450,7 @@ mod model {
 
     #[test]
     fn a_write_is_granted_after_its_capture() {
-        check(3, || {
+        check_model(3, 5_000, || {
             let shared = Shared::new();
             let server = shared.clone();
             let server = thread::spawn(move || assert!(serve(&server, true)));
@@ -474,7 +462,7 @@ mod model {
 
     #[test]
     fn one_slot_serves_one_write_after_another() {
-        check(2, || {
+        check_model(2, 5_000, || {
             let shared = Shared::new();
             let server = shared.clone();
             let server = thread::spawn(move || {
@@ -491,7 +479,7 @@ mod model {
 
     #[test]
     fn no_post_is_overslept_by_one_server() {
-        check(2, || {
+        check_model(2, 5_000, || {
             let shared = Shared::new();
             let other = shared.clone();
             let other = thread::spawn(move || assert_eq!(write(&other, 0), Answer::Granted));
@@ -509,7 +497,7 @@ mod model {
     /// One server is kept busy by the first entry until the second is answered: the other server must get it.
     #[test]
     fn a_busy_server_does_not_keep_the_next_entry_waiting() {
-        check(2, || {
+        check_model(2, 5_000, || {
             let shared = Shared::new();
             let servers: Vec<_> = (0..2)
                 .map(|_| {
@@ -531,7 +519,7 @@ mod model {
 
     #[test]
     fn the_end_releases_who_waits_and_who_comes_later() {
-        check(3, || {
+        check_model(3, 5_000, || {
             let shared = Shared::new();
             let other = shared.clone();
             let other = thread::spawn(move || assert_eq!(write(&other, 0), Answer::Left));
@@ -543,7 +531,7 @@ mod model {
 
     #[test]
     fn a_grant_and_the_end_may_meet() {
-        check(2, || {
+        check_model(2, 5_000, || {
             let shared = Shared::new();
             let (server, ender) = (shared.clone(), shared.clone());
             let server = thread::spawn(move || serve(&server, true));
@@ -562,7 +550,7 @@ mod model {
 
     #[test]
     fn who_reads_what_an_ungranted_write_wrote_finds_the_mark() {
-        check(3, || {
+        check_model(3, 5_000, || {
             let shared = Shared::new();
             let disk = Arc::new(AtomicU32::new(0));
             let (writer, written) = (shared.clone(), disk.clone());
@@ -578,7 +566,7 @@ mod model {
 
     #[test]
     fn a_free_bit_says_that_the_capture_is_over() {
-        check(3, || {
+        check_model(3, 5_000, || {
             let shared = Shared::new();
             let bits = Arc::new([AtomicU64::new(0)]);
             let (server, shown) = (shared.clone(), bits.clone());
