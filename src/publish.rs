@@ -303,9 +303,7 @@ impl Remover {
             Err(errno) => Err(errno.into()),
         }
     }
-}
 
-impl Remover {
     /// The partial file is gone, and the target's name has what it had before.
     pub fn is_removed(&self) -> bool {
         self.place.phase.load(Ordering::Acquire) == REMOVED
