@@ -14,7 +14,7 @@
 //! 1. A post sets its bit, then reads `attentive`; a server clears `attentive`, then reads `posted`. One of them sees
 //!    the other: either the poster wakes a server, or the server sees the bit and does not sleep.
 //! 2. A post sets its state, then reads `over`; whoever ends the session sets `over`, then visits every slot. Either
-//!    the write sees `over`, or its slot is found posted: then its state changes, and it is woken if it sleeps.
+//!    the write sees `over`, or its slot is found posted or answered: then it is woken if it sleeps.
 //!
 //! A sleep itself compares its word in the kernel under the lock that wakers take, so no wake-up falls between.
 //! The peer is not trusted: garbage in any word costs that writer its session, never memory or a hang of the backup.
@@ -202,14 +202,14 @@ impl Region {
         self.answer_in(slot).unwrap_or(Answer::Left)
     }
 
-    /// Ends the session for everybody who waits: each leaves. Those who post later see `over`.
+    /// Ends the session for everybody who waits: each leaves, or takes the answer that has come. Each is woken in either
+    /// case, for a backup may die between its answer and its wake-up. Those who post later see `over`.
     pub fn end(&self, over: &AtomicBool, patience: &impl Patience) {
         over.store(true, Ordering::Release);
         fence(Ordering::SeqCst);
         for slot in 0..PLACES {
-            if self.leave(slot) == Answer::Left {
-                patience.wake(&self.slots[slot].state);
-            }
+            let _ = self.leave(slot);
+            patience.wake(&self.slots[slot].state);
         }
     }
 

@@ -196,9 +196,9 @@ mod plain {
         region.answer(2, Answer::Refused(5), &Never).unwrap();
         region.end(&over, &patience);
         assert!(over.load(Ordering::Relaxed));
-        let woken: Vec<_> =
-            patience.took().into_iter().filter(|entry| ["wake 1", "wake 2", "wake 30"].contains(&&**entry)).collect();
-        assert_eq!(woken, ["wake 1", "wake 30"]);
+        // The answered one too: whoever answered it may not have lived to wake it.
+        let all: Vec<_> = (0..SLOTS).map(|slot| format!("wake {slot}")).collect();
+        assert_eq!(patience.took(), all);
         let answers = [1, 2, 30].map(|slot| region.await_answer(slot, &over, &mut Never));
         assert_eq!(answers, [Answer::Left, Answer::Refused(5), Answer::Left]);
     }
@@ -526,6 +526,33 @@ mod model {
             shared.region.end(&shared.over, &Futex(shared.clone()));
             other.join().unwrap();
             assert_eq!(write(&shared, 1), Answer::Left);
+        });
+    }
+
+    /// A backup that is killed the moment after its answer.
+    struct Killed;
+
+    impl Patience for Killed {
+        fn spin(&mut self) -> bool {
+            false
+        }
+        fn sleep(&mut self, _: &AtomicU32, _: u32) -> bool {
+            false
+        }
+        fn wake(&self, _: &AtomicU32) {}
+    }
+
+    #[test]
+    fn the_end_wakes_whom_a_backup_answered_and_did_not_live_to_wake() {
+        check_model(3, 5_000, || {
+            let shared = Shared::new();
+            let writer = shared.clone();
+            let writer = thread::spawn(move || drop(write(&writer, 0)));
+            if let Some(slot) = shared.region.take(0) {
+                shared.region.answer(slot, Answer::Granted, &Killed).unwrap();
+            }
+            shared.region.end(&shared.over, &Futex(shared.clone()));
+            writer.join().unwrap();
         });
     }
 
