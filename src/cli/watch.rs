@@ -57,7 +57,8 @@ impl Monitor for Watch {
             Event::Warning(warning) => {
                 self.warnings.fetch_add(1, Relaxed);
                 self.record(|| Body::Warning(warning_record(warning)));
-                if !self.quiet {
+                // What is missing at a range was told as a fault, and is listed at the end.
+                if !self.quiet && warning.range.is_none() {
                     self.display.warn(&warning.message);
                 }
             }

@@ -224,13 +224,18 @@ fn a_fault_is_told_with_its_place_and_once() {
 fn a_dying_disk_does_not_flood_people() {
     let (_, records, people) = run(view(), |_, job, monitor| {
         begin(job, monitor, TargetKind::File);
+        let range = Some(ByteRange::new(65536, 4096));
+        let skipped = monitor::Warning { code: "skipped_range", range, errno: None, message: "skipped".to_owned() };
         for _ in 0..150 {
             monitor.event(Event::Fault { error: &no_space(), action: Action::Ignore });
+            monitor.event(Event::Warning(&skipped));
         }
         Ok(summary(Vec::new()))
     });
     assert_eq!(people.lines().count(), 101, "{people}");
-    assert_eq!(records.iter().filter(|record| record["message_type"] == "error").count(), 150);
+    for told in ["error", "warning"] {
+        assert_eq!(records.iter().filter(|record| record["message_type"] == told).count(), 150);
+    }
 }
 
 #[test]
