@@ -29,6 +29,8 @@ pub enum Place {
     Asking,
     /// A server has nothing open yet.
     Opening,
+    /// A server's clients can come, and it has told nobody.
+    Reachable,
     /// A client's write is in its bracket.
     Writing,
     /// A server was asked to end.

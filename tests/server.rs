@@ -16,6 +16,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
+use support::hold::Hold;
 use support::{
     BINARY, Ended, LoopDevice, Mount, Running, command, drive_backup, folder, piped, qemu_img, qemu_io, run, text,
     wait_for,
@@ -227,6 +228,23 @@ fn sigterm_answers_what_is_in_flight_and_keeps_all_that_was_acknowledged() {
             assert!(number >= last, "block {at} says {number}, {last} was acknowledged");
         }
     }
+}
+
+#[test]
+fn a_server_that_is_refused_halfway_keeps_what_it_has_answered_already() {
+    let lab = Lab::new("qcow2");
+    let (hold, taken) = (Hold::at("Reachable", lab.folder.path()), lab.path("qmp"));
+    let _other = std::os::unix::net::UnixListener::bind(&taken).unwrap();
+    let mut server = Running::start(
+        lab.command().args(["--qmp", &format!("unix:{}", text(&taken))]).env("DRIVE_BACKUP_HOLD", hold.variable()),
+    );
+    let held = hold.reached(&mut server);
+    lab.client().write_at(&block(7), 0).unwrap();
+    drop(held);
+    server.ended().fails(8, "another server listens");
+    qemu_img("check -q", &[&lab.disk]);
+    assert_eq!(number_of(&lab.contents(&lab.disk)[..BLOCK]), 7);
+    assert!(!lab.path("socket").exists());
 }
 
 #[test]

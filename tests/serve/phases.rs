@@ -120,9 +120,9 @@ impl Scene {
         server
     }
 
-    /// A server that has come to "Opening".
-    fn held_while_opening(&self) -> Server {
-        let hold = Hold::at("Opening", self.folder.path());
+    /// A server that has come to `place`, which is before it is ready.
+    fn held_before_it_is_ready(&self, place: &str) -> Server {
+        let hold = Hold::at(place, self.folder.path());
         let mut server = self.start(Some(&hold));
         server.hold = Some(hold.reached(&mut server.running));
         server
@@ -322,10 +322,31 @@ impl Server {
 fn a_signal_before_anything_is_served_ends_a_server_at_once() {
     for (front_end, signal) in pairs(&SIGNALS, 0) {
         let (what, scene) = (format!("{signal}, {front_end:?}"), Scene::new(front_end));
-        let server = scene.held_while_opening();
+        let server = scene.held_before_it_is_ready("Opening");
         server.running.signal(signal);
         server.ends_at_once(signal, &what);
         scene.is_withdrawn(&what);
+        scene.next_one_serves(&what);
+    }
+}
+
+#[test]
+fn a_signal_before_a_server_is_ready_keeps_what_it_has_answered_already() {
+    for (front_end, signal) in pairs(&SIGNALS, 2) {
+        let (what, scene) = (format!("{signal}, {front_end:?}"), Scene::new(front_end));
+        let server = scene.held_before_it_is_ready("Reachable");
+        Client::begin(&scene).end().unwrap();
+        server.running.signal(signal);
+        scene.hears("STOPPING=1");
+        server.ends_in_order(signal, &what);
+        assert_eq!(scene.byte_at(HELD), b'w', "{what}");
+        scene.is_withdrawn(&what);
+        // Who has no patience need not wait for it.
+        let server = scene.held_before_it_is_ready("Reachable");
+        server.running.signal(Signal::SIGTERM);
+        scene.hears("STOPPING=1");
+        server.running.signal(signal);
+        server.ends_at_once(signal, &what);
         scene.next_one_serves(&what);
     }
 }
@@ -383,7 +404,7 @@ fn a_server_killed_at_any_place_leaves_what_it_answered_and_the_next_one_takes_i
     for (at, (front_end, _)) in pairs(&SIGNALS, 0).into_iter().enumerate() {
         let scene = Scene::new(front_end);
         if at % 3 == 0 {
-            scene.held_while_opening().ends_by_kill("Opening");
+            scene.held_before_it_is_ready("Opening").ends_by_kill("Opening");
             scene.is_withdrawn("Opening");
             scene.next_one_serves("Opening");
         }
@@ -403,7 +424,7 @@ fn a_server_stopped_at_any_place_goes_on_when_it_may() {
     for (at, (front_end, _)) in pairs(&SIGNALS, 1).into_iter().enumerate() {
         let scene = Scene::new(front_end);
         if at % 3 == 0 {
-            let mut server = scene.held_while_opening();
+            let mut server = scene.held_before_it_is_ready("Opening");
             server.pauses();
             drop(server.hold.take());
             scene.hears("READY=1");

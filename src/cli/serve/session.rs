@@ -20,6 +20,7 @@ use crate::serve::{Notice, Notify};
 use anyhow::Context;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,11 +38,9 @@ const LOOK: Duration = Duration::from_millis(5);
 enum Wake {
     /// Everything is served.
     Ready(Box<Served>),
-    /// It never was.
-    Refused(Error),
     Notice(Notice),
     Signal(i32),
-    /// Stopped and flushed, or not; true: every request was answered.
+    /// Stopped and flushed, or not, or never served; true: every request was answered.
     Stopped(Result<bool>),
     /// A reader has got everything, or is gone.
     Told,
@@ -60,10 +59,22 @@ pub struct Session {
     records: Option<Records>,
     quiet: bool,
     began: Instant,
+    door: Arc<Door>,
     wake: Sender<Wake>,
     woken: Receiver<Wake>,
     /// Readers that have not got everything yet.
     untold: usize,
+}
+
+/// What clients come through: taken to let them in, or by a signal that ends a server at once because nobody was.
+#[derive(Default)]
+struct Door(AtomicBool);
+
+impl Door {
+    /// True for the first; whoever comes second is not to do it.
+    fn take(&self) -> bool {
+        !self.0.swap(true, Ordering::SeqCst)
+    }
 }
 
 /// Why it ends.
@@ -86,7 +97,7 @@ impl Session {
             Display::start(Style::None, vec![row], ends.people, told()).context("start the display thread")?;
         let records = ends.json.map(|json| Records::to(json, told())).transpose().context("start the JSON thread")?;
         let untold = 1 + usize::from(records.is_some());
-        Ok(Self { display, records, quiet, began: Instant::now(), wake, woken, untold })
+        Ok(Self { display, records, quiet, began: Instant::now(), door: Arc::default(), wake, woken, untold })
     }
 
     /// Takes over what a process has only one of: signals and the panic hook.
@@ -117,25 +128,26 @@ impl Session {
         let mut cause = None;
         loop {
             match (self.woken.recv(), cause) {
-                (Ok(Wake::Ready(ready)), _) => {
+                (Ok(Wake::Ready(ready)), None) => {
                     self.ready(&ready);
                     served = Some(ready);
                 }
-                (Ok(Wake::Refused(error)), _) => return self.refuse(&error),
+                // Its end was asked for while its front-ends began.
+                (Ok(Wake::Ready(ready)), Some(_)) => self.stop(ready),
                 (Ok(Wake::Notice(Notice::Warning(line))), _) => self.warn(&line),
                 (Ok(Wake::Notice(Notice::Failed(error))), None) => {
                     self.fail(&error);
                     cause = Some((Cause::Fault, exit::of(error.kind()).0));
-                    self.stop(served.take());
+                    self.begin_to_end(served.take());
                 }
                 (Ok(Wake::Notice(Notice::Failed(error))), Some(_)) => self.warn(&error.to_string()),
-                // Nothing is served yet, or whoever asks has no patience.
-                (Ok(Wake::Signal(signal)), before) if before.is_some() || served.is_none() => {
+                // Nobody was let in yet, or whoever asks has no patience.
+                (Ok(Wake::Signal(signal)), before) if before.is_some() || self.door.take() => {
                     return self.cut(signal, before.is_some());
                 }
                 (Ok(Wake::Signal(signal)), _) => {
                     cause = Some((Cause::Signal(signal), exit::COMPLETE));
-                    self.stop(served.take());
+                    self.begin_to_end(served.take());
                 }
                 (Ok(Wake::Stopped(stopped)), cause) => return self.stopped(stopped, cause),
                 (Ok(Wake::Told), _) => self.untold = self.untold.saturating_sub(1),
@@ -150,20 +162,26 @@ impl Session {
         let quitting = self.wake.clone();
         let quit = move || drop(quitting.send(Wake::Signal(signal_hook::consts::SIGTERM)));
         let notify: Notify = Arc::new(move |notice| drop(told.send(Wake::Notice(notice))));
+        let door = self.door.clone();
         self.work("open", move || {
             hold::at(Place::Opening);
-            let opened =
-                catch_unwind(AssertUnwindSafe(|| open(&plan, &notify, quit))).unwrap_or_else(|_| Err(internal()));
-            let _ = wake.send(opened.map_or_else(Wake::Refused, |served| Wake::Ready(Box::new(served))));
+            let opened = catch_unwind(AssertUnwindSafe(|| open(&plan, &notify, &door, quit)))
+                .unwrap_or_else(|_| Err(internal()));
+            let _ = wake.send(opened.map_or_else(|e| Wake::Stopped(Err(e)), |served| Wake::Ready(Box::new(served))));
         })
     }
 
-    fn stop(&self, served: Option<Box<Served>>) {
+    /// Stops what is served; without it whatever opens the front-ends hands it over when they have begun.
+    fn begin_to_end(&self, served: Option<Box<Served>>) {
         systemd::tell(systemd::STOPPING);
+        served.into_iter().for_each(|served| self.stop(served));
+    }
+
+    fn stop(&self, served: Box<Served>) {
         let wake = self.wake.clone();
         let work = move || {
             hold::at(Place::Stopping);
-            let stop = || served.map_or(Ok(true), |served| served.stop(Instant::now() + DRAIN));
+            let stop = || served.stop(Instant::now() + DRAIN);
             let stopped = catch_unwind(AssertUnwindSafe(stop)).unwrap_or_else(|_| Err(internal()));
             let _ = wake.send(Wake::Stopped(stopped));
         };
@@ -298,17 +316,36 @@ fn internal() -> Error {
     Error::new(Kind::Other, "internal error")
 }
 
-fn open(plan: &Plan, notify: &Notify, quit: impl Fn() + Send + Sync + 'static) -> Result<Served> {
+fn open(plan: &Plan, notify: &Notify, door: &Door, quit: impl Fn() + Send + Sync + 'static) -> Result<Served> {
     front_ends::check(plan)?;
     let disks: Vec<Arc<Disk>> = plan.disks.iter().map(|disk| Disk::open(disk).map(Arc::new)).collect::<Result<_>>()?;
-    let front_ends = front_ends::start(plan, &disks, notify)?;
+    if !door.take() {
+        return Err(Error::new(Kind::Other, "it ended before anything was served"));
+    }
     let mut remote = Server::new(remote_setup(plan, &disks, quit));
+    match let_in(plan, &disks, notify, &mut remote) {
+        Ok(front_ends) => Ok(Served { disks, front_ends, remote }),
+        // Clients of those that began before one that fails may have been answered.
+        Err(error) => flush(&disks).and(Err(error)),
+    }
+}
+
+/// Starts everything that clients come by.
+fn let_in(plan: &Plan, disks: &[Arc<Disk>], notify: &Notify, remote: &mut Server) -> Result<FrontEnds> {
+    let front_ends = front_ends::start(plan, disks, notify)?;
+    hold::at(Place::Reachable);
     if let Some(path) = &plan.qmp {
         remote.listen(path)?;
     }
     // Without it `ctl` needs the socket's name.
     let _ = remote.listen_privately(plan.disks.first().and_then(|disk| disk.writer_dir.as_deref()));
-    Ok(Served { disks, front_ends, remote })
+    Ok(front_ends)
+}
+
+/// All of them, whichever fails; the first error.
+fn flush(disks: &[Arc<Disk>]) -> Result<()> {
+    let flush = |disk: &Arc<Disk>| disk.flush().map_err(|e| Error::file(Side::Disk, "flush", disk.path(), e));
+    disks.iter().fold(Ok(()), |flushed, disk| flushed.and(flush(disk)))
 }
 
 fn remote_setup(plan: &Plan, disks: &[Arc<Disk>], quit: impl Fn() + Send + Sync + 'static) -> Setup {
@@ -350,9 +387,6 @@ impl Served {
             let stopped: Vec<bool> = stopping.into_iter().map(|one| one.join().unwrap_or(false)).collect();
             stopped.into_iter().all(|drained| drained)
         });
-        for disk in &self.disks {
-            disk.flush().map_err(|e| Error::file(Side::Disk, "flush", disk.path(), e))?;
-        }
-        Ok(drained)
+        flush(&self.disks).map(|()| drained)
     }
 }
