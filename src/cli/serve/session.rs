@@ -345,7 +345,8 @@ fn let_in(plan: &Plan, disks: &[Arc<Disk>], notify: &Notify, remote: &mut Server
 /// All of them, whichever fails; the first error.
 fn flush(disks: &[Arc<Disk>]) -> Result<()> {
     let flush = |disk: &Arc<Disk>| disk.flush().map_err(|e| Error::file(Side::Disk, "flush", disk.path(), e));
-    disks.iter().fold(Ok(()), |flushed, disk| flushed.and(flush(disk)))
+    let flushed: Vec<Result<()>> = disks.iter().map(flush).collect();
+    flushed.into_iter().collect()
 }
 
 fn remote_setup(plan: &Plan, disks: &[Arc<Disk>], quit: impl Fn() + Send + Sync + 'static) -> Setup {
