@@ -6,6 +6,8 @@ use std::fmt;
 
 /// Bits 9 to 55: a host offset, in L1 entries and in descriptors of standard clusters.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// No file is that long.
+const OFFSETS_END: u64 = 1 << 56;
 /// Bit 63: the refcount is exactly one. Readers don't need it, except with an external data file.
 pub const COPIED: u64 = 1 << 63;
 /// Bit 62 of an L2 entry: the cluster is compressed.
@@ -87,10 +89,14 @@ pub struct RefcountTableEntry(pub u64);
 impl RefcountTableEntry {
     /// The host offset of its refcount block; `None` when all of its refcounts are 0.
     pub fn block(self, layout: Layout) -> Result<Option<u64>, Damage> {
+        let damage = |what| Err(Damage { what, entry: self.0 });
         match self.0 {
             0 => Ok(None),
-            offset if layout.is_aligned(offset) => Ok(Some(offset)),
-            entry => Err(Damage { what: "the refcount block's offset is no multiple of the cluster size", entry }),
+            offset if !layout.is_aligned(offset) => {
+                damage("the refcount block's offset is no multiple of the cluster size")
+            }
+            offset if offset >= OFFSETS_END => damage("the refcount block's offset is none that a file can have"),
+            offset => Ok(Some(offset)),
         }
     }
 }
@@ -218,7 +224,7 @@ impl L2Entry {
         }
         let offset_bits = 62 - (layout.cluster_bits - 8);
         let offset = self.descriptor & ((1 << offset_bits) - 1);
-        if offset >> 56 != 0 {
+        if offset >= OFFSETS_END {
             return self.damage("reserved bits are set in a compressed cluster's descriptor");
         }
         let more_sectors = (self.descriptor & (COMPRESSED - 1)) >> offset_bits;
@@ -289,7 +295,10 @@ mod tests {
     fn a_refcount_table_entry_names_an_aligned_block_or_none() {
         assert_eq!(RefcountTableEntry(0).block(PLAIN), Ok(None));
         assert_eq!(RefcountTableEntry(0x20000).block(PLAIN), Ok(Some(0x20000)));
-        assert!(RefcountTableEntry(0x20200).block(PLAIN).is_err());
+        assert_eq!(RefcountTableEntry(0xff_ffff_ffff_0000).block(PLAIN), Ok(Some(0xff_ffff_ffff_0000)));
+        for bad in [0x20200, 1 << 56, u64::MAX << 16] {
+            assert!(RefcountTableEntry(bad).block(PLAIN).is_err(), "{bad:#x}");
+        }
     }
 
     #[test]

@@ -597,6 +597,17 @@ fn what_is_not_written_is_refused_by_name() {
     refused(&[CREATE], |bytes| bytes.copy_within(48..56, 0x10000), "two tables at host offset 0x10000");
 }
 
+/// An input that fuzzing found: the end of the block would be past all numbers.
+#[test]
+fn a_refcount_block_at_the_last_of_all_offsets_is_refused() {
+    let last = |bytes: &mut Vec<u8>| bytes[0x10000..0x10008].copy_from_slice(&(u64::MAX << 16).to_be_bytes());
+    let error = match opened(&[CREATE], last) {
+        Ok((_, image)) => panic!("it was opened; a write: {:?}", image.write_at(&[1; 512], 0)),
+        Err(error) => error.to_string(),
+    };
+    assert!(error.contains("the refcount table is damaged") && error.contains("0xffffffffffff0000"), "{error}");
+}
+
 #[test]
 fn bitmaps_become_invalid_before_the_first_change() {
     let autoclear = |disk: &MemoryDisk| disk.bytes()[88..96].to_vec();
