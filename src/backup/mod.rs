@@ -95,10 +95,7 @@ struct Refusal {
 
 /// Opens all ends, takes the one instant.
 fn start<'a>(disks: &[Disk<'a>]) -> Result<Vec<(Ready<'a>, Moment)>, Box<Refusal>> {
-    let mut ready = Vec::new();
-    for (place, &disk) in disks.iter().enumerate() {
-        ready.push(open(disk).map_err(|error| Refusal { culprit: Some(place), error })?);
-    }
+    let ready = open_all(disks)?;
     hold::at(Place::Opened);
     let programs = ready.iter().any(reach::runs_programs);
     disks.iter().for_each(|disk| disk.monitor.event(Event::Opened { programs }));
@@ -106,7 +103,36 @@ fn start<'a>(disks: &[Disk<'a>]) -> Result<Vec<(Ready<'a>, Moment)>, Box<Refusal
     Ok(ready.into_iter().zip(moments).collect())
 }
 
-fn open(disk: Disk<'_>) -> Result<Ready<'_>> {
+/// All sources first: none of their files may be what another disk's backup writes.
+fn open_all<'a>(disks: &[Disk<'a>]) -> Result<Vec<Ready<'a>>, Box<Refusal>> {
+    let of = |place| move |error| Box::new(Refusal { culprit: Some(place), error });
+    let mut sources = Vec::new();
+    for (place, &disk) in disks.iter().enumerate() {
+        sources.push(open_source(disk).map_err(of(place))?);
+    }
+    for (place, disk) in disks.iter().enumerate() {
+        let others = disks.iter().zip(&sources).enumerate().filter(|(other, _)| *other != place);
+        for (_, (other, (origin, _))) in others {
+            refuse_source_of_another(disk.options, other.options, origin).map_err(of(place))?;
+        }
+    }
+    let mut ready = Vec::new();
+    for (place, (&disk, (origin, expected))) in disks.iter().zip(sources).enumerate() {
+        ready.push(open_target(disk, origin, expected).map_err(of(place))?);
+    }
+    Ok(ready)
+}
+
+/// Neither the copy nor its manifest may be a file of another disk's source, nor the export that it is.
+fn refuse_source_of_another(options: &Options, other: &Options, origin: &Origin) -> Result<()> {
+    if let Target::At(target) = &options.target {
+        other.device.refuse_as_target(target)?;
+        target.path().map_or(Ok(()), |path| origin.refuse_as_target(path))?;
+    }
+    options.proof.manifest.as_ref().map_or(Ok(()), |path| origin.refuse_as_target(path))
+}
+
+fn open_source(disk: Disk<'_>) -> Result<(Origin, Option<Contents>)> {
     let Disk { options, job, monitor } = disk;
     options.check_sync()?;
     let mut origin = Origin::open(options, job)?;
@@ -116,9 +142,14 @@ fn open(disk: Disk<'_>) -> Result<Ready<'_>> {
         origin.trim(contents.digest.length())?;
     }
     origin.warnings().for_each(|warning| monitor.event(Event::Warning(&warning)));
+    origin.undo_with(job);
+    Ok((origin, expected))
+}
+
+fn open_target(disk: Disk<'_>, origin: Origin, expected: Option<Contents>) -> Result<Ready<'_>> {
+    let Disk { options, job, monitor } = disk;
     let destination = Destination::open(disk, &origin)?;
     destination.warnings().for_each(|warning| monitor.event(Event::Warning(warning)));
-    origin.undo_with(job);
     destination.undo_with(job);
     job.set_total(origin.length());
     Ok(Ready { options, job, origin, destination, expected })

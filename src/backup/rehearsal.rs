@@ -3,7 +3,7 @@
 use super::destination::Destination;
 use super::instant::{Gathered, Ready};
 use super::options::{Options, OverlayPlace};
-use super::{Disk, Ended, Failure, Summary, TargetState, fail_all, open};
+use super::{Disk, Ended, Failure, Summary, TargetState, open_all, refuse_all};
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::bitmap::Bitmap;
 use crate::ground::cluster::ClusterSize;
@@ -34,10 +34,9 @@ pub fn rehearse_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
         disks[place].job.end(true);
         ended(place, result);
     };
-    let opened: Result<Vec<Ready<'_>>> = disks.iter().map(|&disk| open(disk)).collect();
-    let ready = match opened {
+    let ready = match open_all(disks) {
         Ok(ready) => ready,
-        Err(error) => return fail_all(disks.len(), error, ended),
+        Err(refusal) => return refuse_all(disks.len(), *refusal, ended),
     };
     for (place, (disk, ready)) in disks.iter().zip(ready).enumerate() {
         let rehearsed = rehearse(disk, &ready).map(|rehearsal| {

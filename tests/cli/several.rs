@@ -84,6 +84,33 @@ fn one_bad_target_fails_both_before_anything_is_touched() {
 }
 
 #[test]
+fn no_target_is_a_backing_file_of_another_disk() {
+    let bench = two();
+    fs::copy(bench.path("half.raw"), bench.path("base.raw")).unwrap();
+    let options = ["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "top.qcow2"];
+    assert!(Command::new("qemu-img").args(options).current_dir(bench.path(".")).status().unwrap().success());
+    let half = fs::read(bench.path("half.raw")).unwrap();
+    for (other, flags) in
+        [("base.raw", ""), ("new.raw", "--manifest x.json --manifest base.raw"), ("base.raw", "--dry-run")]
+    {
+        for order in [["top.qcow2", "x.qcow2", "disk.raw", other], ["disk.raw", other, "top.qcow2", "x.qcow2"]] {
+            let mut flags: Vec<&str> = flags.split_whitespace().collect();
+            if order[0] == "disk.raw" && flags.contains(&"base.raw") {
+                flags.swap(1, 3);
+            }
+            let mut command = bench.bare();
+            command.args(["--device", order[0], "--target", order[1], "--device", order[2], "--target", order[3]]);
+            let output = command.args(flags).output().unwrap();
+            let said = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(code(output.status), 2, "{said}");
+            assert!(said.contains("'base.raw' holds bytes of '") && said.contains("base.raw'"), "{said}");
+            assert!(fs::read(bench.path("base.raw")).unwrap() == half, "{other}");
+            assert!(!bench.path("x.qcow2").exists() && !bench.path("new.raw").exists());
+        }
+    }
+}
+
+#[test]
 fn an_interrupt_cancels_both() {
     let bench = two();
     let mut command = backup(&bench, ["out.raw", "other.raw"]);
