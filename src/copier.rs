@@ -133,6 +133,15 @@ fn processors() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// Ends the copy, of all threads, when one of them fails or panics.
+struct StopWhenDropped<'t>(&'t Tracker);
+
+impl Drop for StopWhenDropped<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
 /// What a claim turned out to be.
 enum Found<'t> {
     Data(Claim<'t>),
@@ -230,11 +239,8 @@ impl<'a> Copier<'a> {
         if self.rules.yields {
             stand_back();
         }
-        let result = self.work_until_done(manners);
-        if result.is_err() {
-            self.tracker.stop();
-        }
-        result
+        let stop = StopWhenDropped(self.tracker);
+        self.work_until_done(manners).inspect(|()| std::mem::forget(stop))
     }
 
     fn work_until_done(&self, mut manners: Manners) -> Result<()> {
@@ -270,7 +276,8 @@ impl<'a> Copier<'a> {
             claim.grow(SCAN);
             let (first, holder) = claim.first_piece();
             let grown = self.status(first, holder);
-            if grown.range.length > extent.range.length {
+            // Whoever writes there, with or without our leave, may have made it data meanwhile.
+            if grown.allocation == extent.allocation && grown.range.length > extent.range.length {
                 extent = grown;
             }
         }
@@ -374,7 +381,12 @@ impl<'a> Copier<'a> {
                 (Holder::Overlay, Some(overlay)) => {
                     overlay.read_at(bytes, piece.offset).map_err(|e| Error::io(Side::Overlay, "read", piece, e))?;
                 }
-                _ => self.read(bytes, piece)?,
+                _ => {
+                    if let Some(error) = self.read(bytes, piece)? {
+                        // Given back: nobody's write waits for whoever resumes the job.
+                        return self.stop_for(&error, || drop(claim));
+                    }
+                }
             }
         }
         claim.source_read();
@@ -417,8 +429,8 @@ impl<'a> Copier<'a> {
             saved.into_iter().for_each(|range| overlay.drop_range(range));
         }
     }
-
-    fn read(&self, bytes: &mut [u8], range: ByteRange) -> Result<()> {
+    /// `Some`: for what the job is to stop.
+    fn read(&self, bytes: &mut [u8], range: ByteRange) -> Result<Option<Error>> {
         self.with_policy(Side::Source, "read", self.rules.on_source_error, range, |piece| {
             let at = (piece.offset - range.offset) as usize;
             let bytes = &mut bytes[at..at + piece.length as usize];
@@ -431,7 +443,8 @@ impl<'a> Copier<'a> {
         self.with_policy(Side::Target, "write", self.rules.on_target_error, range, |piece| {
             let at = (piece.offset - range.offset) as usize;
             self.ends.target.write_at(&bytes[at..at + piece.length as usize], piece.offset)
-        })
+        })?;
+        Ok(())
     }
 
     fn write_zeroes(&self, range: ByteRange) -> Result<()> {
@@ -440,10 +453,25 @@ impl<'a> Copier<'a> {
         }
         self.with_policy(Side::Target, "write zeroes to", self.rules.on_target_error, range, |piece| {
             self.ends.target.write_zeroes(piece)
-        })
+        })?;
+        Ok(())
     }
 
-    /// Does I/O on `range`, again while the policy says so. The one place that decides about a background error.
+    /// Until somebody resumes the job; `stopped` is called when the others stand still too.
+    fn stop_for(&self, error: &Error, stopped: impl FnOnce()) -> Result<()> {
+        let tell = || {
+            stopped();
+            self.monitor.event(Event::Fault { error, action: Action::Stop });
+        };
+        match self.job.stop_for_error(tell) {
+            Gate::Cancelled => Err(cancelled()),
+            Gate::Go => Ok(()),
+        }
+    }
+
+    /// Does I/O on `range`, again while the policy says so. The one place that decides about a background error. A job that is
+    /// to stop for one of the target does so here, with the bytes that nobody else may hold any more; for one of the source it is
+    /// returned, since the claim is to be given back first.
     fn with_policy(
         &self,
         side: Side,
@@ -451,7 +479,7 @@ impl<'a> Copier<'a> {
         policy: OnError,
         range: ByteRange,
         mut io: impl FnMut(ByteRange) -> io::Result<()>,
-    ) -> Result<()> {
+    ) -> Result<Option<Error>> {
         let salvage = SALVAGE.max(if side == Side::Target { self.rules.granule } else { 0 });
         let mut left = range;
         // Whole first; once it failed under `ignore`, bit by bit, to give up no more than is bad.
@@ -469,8 +497,11 @@ impl<'a> Copier<'a> {
                 self.job.count_error();
                 let tell = || self.monitor.event(Event::Fault { error: &error, action });
                 match action {
-                    Action::Stop if self.job.stop_for_error(tell) == Gate::Cancelled => return Err(cancelled()),
-                    Action::Stop => continue,
+                    Action::Stop if side == Side::Source => return Ok(Some(error)),
+                    Action::Stop => {
+                        self.stop_for(&error, || {})?;
+                        continue;
+                    }
                     Action::Report => {
                         tell();
                         return Err(error);
@@ -483,7 +514,7 @@ impl<'a> Copier<'a> {
             }
             left = ByteRange::between(piece.end(), range.end());
         }
-        Ok(())
+        Ok(None)
     }
 
     fn give_up(&self, side: Side, range: ByteRange, error: &Error) {

@@ -191,7 +191,8 @@ fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary,
         }
     };
     if job.complete() == Gate::Cancelled {
-        return Err(failure(destination.give_up(Error::new(Kind::Cancelled, "cancelled"), false)));
+        let error = moment.lost().unwrap_or_else(|| Error::new(Kind::Cancelled, "cancelled"));
+        return Err(failure(destination.give_up(error, false)));
     }
     job.enter(Phase::Publish);
     hold::at(Place::Publishing);

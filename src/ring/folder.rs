@@ -19,10 +19,9 @@ pub use super::meeting::Announced;
 use super::socket;
 use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
-use std::collections::hash_map::RandomState;
+use rustix::rand::GetRandomFlags;
 use std::ffi::OsStr;
 use std::fmt;
-use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -103,8 +102,11 @@ impl Drop for Entry {
     }
 }
 
-fn random() -> u64 {
-    RandomState::new().build_hasher().finish()
+/// The kernel's: what a process draws by itself, its forks draw too, and one would take another one's name.
+fn random() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    rustix::io::retry_on_intr(|| rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty()))?;
+    Ok(u64::from_ne_bytes(bytes))
 }
 
 fn name(kind: &str, disk: Disk, number: u64) -> String {
@@ -179,7 +181,7 @@ impl Folder {
     fn born<T>(&self, last: &str, make: impl Fn(&str) -> io::Result<T>) -> io::Result<T> {
         let mut tries = 0;
         loop {
-            let first = format!("new-{:016x}", random());
+            let first = format!("new-{:016x}", random()?);
             let made = make(&first).inspect_err(|_| self.remove(&first))?;
             match rustix::fs::renameat(&self.descriptor, &first, &self.descriptor, last) {
                 Ok(()) => return Ok(made),
@@ -195,7 +197,7 @@ impl Folder {
 
     /// A writer's socket, listening, for `disk`.
     pub fn listen(self: &Arc<Self>, disk: Disk) -> io::Result<(OwnedFd, Entry)> {
-        let name = name("writer", disk, random());
+        let name = name("writer", disk, random()?);
         let socket = self.born(&name, |first| socket::listen(&self.through(first)))?;
         Ok((socket, Entry { folder: self.clone(), name }))
     }
@@ -223,7 +225,7 @@ impl Folder {
 
     /// Announces a backup of `disk`. The descriptor holds the lock: it lives as long as the announcement.
     pub fn announce(self: &Arc<Self>, disk: Disk, patience: Duration) -> io::Result<(u64, OwnedFd, Entry)> {
-        let number = random();
+        let number = random()?;
         let name = name("backup", disk, number);
         let text = format!("{}\n", patience.as_millis());
         let file = self.born(&name, |first| {

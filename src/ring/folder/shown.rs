@@ -43,7 +43,7 @@ impl Folder {
         let which = Disk::open(&image)?;
         let mut line = format!("{} {} {which} {format} ", std::process::id(), image.as_fd().as_raw_fd()).into_bytes();
         line.extend(path.as_os_str().as_bytes());
-        let last = name("image", view, random());
+        let last = name("image", view, random()?);
         let lock = self.born(&last, |first| {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let file = rustix::fs::openat(&self.descriptor, first, flags, Mode::RUSR | Mode::WUSR)?;

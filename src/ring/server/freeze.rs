@@ -98,7 +98,7 @@ impl Frozen {
     /// Fails with [`Kind::InstantLost`] when a writer did not stay frozen until now.
     pub fn release(mut self) -> Result<Duration> {
         let frozen = self.go_on(false);
-        self.hub.end();
+        self.hub.end(&mut lock(&self.hub.phase));
         frozen
     }
 
@@ -133,7 +133,7 @@ impl Drop for Frozen {
             for link in &self.links {
                 link.send(Packet::Thaw { trap: false });
             }
-            self.hub.end();
+            self.hub.end(&mut lock(&self.hub.phase));
         }
     }
 }

@@ -195,8 +195,10 @@ impl Link {
         }
         let mut places = lock(&self.places);
         let place = &mut places[slot];
+        // Its time began when it was seen waiting, for the writer has counted from there too.
+        let seen = place.seen.filter(|(tickets, _)| *tickets == place.tickets);
         place.tickets += 1;
-        let taken = Taken { ticket: place.tickets, range, since: Instant::now() };
+        let taken = Taken { ticket: place.tickets, range, since: seen.map_or_else(Instant::now, |(_, since)| since) };
         // Posted again while it is being served: no writer of ours does that.
         match place.taken.replace(taken) {
             None => Some(taken),

@@ -144,10 +144,13 @@ struct Hub {
     fewer_threads: Condvar,
 }
 
-/// A machine that has no such memory has no writers; one that is out of it, or a process that may open no more, may have some.
+/// A machine that has no such memory, or no such folder for us, has no writers; one that is out of memory or room, or a process
+/// that may open no more, may have some.
 fn kind_of(error: &io::Error) -> Kind {
+    use io::ErrorKind::{NotADirectory, NotFound, PermissionDenied, ReadOnlyFilesystem, Unsupported};
     match error.kind() {
-        io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported => Kind::Other,
+        NotFound | NotADirectory | PermissionDenied | ReadOnlyFilesystem | Unsupported => Kind::Other,
+        _ if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => Kind::Other,
         _ => Kind::InstantLost,
     }
 }
@@ -164,7 +167,7 @@ impl Writers {
     /// that lives can't be attached or there is no memory for one, and with [`Kind::Other`] where this is not possible at
     /// all. Blocks for the answer of each, 2 s at most.
     pub fn attach(disk: Disk, folder: &Path, options: Options) -> Result<Self> {
-        let failed = |e| Error::system(Kind::Other, format!("use writer folder '{}'", folder.display()), e);
+        let failed = |e| Error::system(kind_of(&e), format!("use writer folder '{}'", folder.display()), e);
         let folder = Folder::open(folder).map_err(failed)?;
         let shared = |e| Error::system(kind_of(&e), "make the memory that writers share", e);
         let bytes = bitmap_bytes(options.cluster_size.count(options.length));
@@ -227,7 +230,7 @@ impl Writers {
     /// Is the copy still as of the instant? Looks at every mark of every writer, and for writers that started and could
     /// not be attached. To be asked after the last read of the source and before anything is published.
     pub fn check(&self) -> Result<()> {
-        self.hub.check()
+        self.hub.check(&lock(&self.hub.phase))
     }
 
     /// Why the instant is lost, if it is known to be. Cheap; [`Writers::check`] looks.
@@ -237,8 +240,10 @@ impl Writers {
 
     /// The copy has everything: checks a last time, then lets all writers go. Counts may still be asked for.
     pub fn finish(&self) -> Result<()> {
-        let checked = self.hub.check();
-        self.hub.end();
+        // One hold: a writer that starts between the two is none of our business.
+        let mut phase = lock(&self.hub.phase);
+        let checked = self.hub.check(&phase);
+        self.hub.end(&mut phase);
         checked
     }
 
@@ -254,7 +259,7 @@ impl Writers {
 
 impl Drop for Writers {
     fn drop(&mut self) {
-        self.hub.end();
+        self.hub.end(&mut lock(&self.hub.phase));
         if let Some(lookout) = self.lookout.take() {
             // It fails if that thread panicked; then there is nothing left to end.
             let _ = lookout.join();
@@ -316,20 +321,27 @@ impl Hub {
 
     fn admit(self: &Arc<Self>, link: Arc<Link>) -> Result<()> {
         for _ in 0..self.options.threads.max(1) {
-            *lock(&self.threads) += 1;
-            let (counted, hub, link) = (Counted(self.clone()), self.clone(), link.clone());
-            let serving = move || {
-                let _counted = counted;
-                link::serve(&hub, &link);
-            };
-            let started = thread::Builder::new().name("trap".into()).spawn(serving);
-            started.map_err(|e| Error::system(Kind::Other, "start a thread for a writer", e))?;
+            self.start_serving(link.clone()).map_err(|e| {
+                // Else those that did start would keep the writer from every later backup.
+                link.let_go();
+                Error::system(Kind::InstantLost, "start a thread for a writer", e)
+            })?;
         }
         lock(&self.past).ever += 1;
         lock(&self.links).push(link);
         // So that the lookout watches its connection.
         self.ring_bell();
         Ok(())
+    }
+
+    fn start_serving(self: &Arc<Self>, link: Arc<Link>) -> io::Result<()> {
+        *lock(&self.threads) += 1;
+        let (counted, hub) = (Counted(self.clone()), self.clone());
+        let serving = move || {
+            let _counted = counted;
+            link::serve(&hub, &link);
+        };
+        thread::Builder::new().name("trap".into()).spawn(serving).map(drop)
     }
 
     fn ring_bell(&self) {
@@ -373,19 +385,18 @@ impl Hub {
         lock(&self.gone).push((link.pid, link.ring.clone()));
     }
 
-    fn check(self: &Arc<Self>) -> Result<()> {
-        let phase = lock(&self.phase);
+    fn check(self: &Arc<Self>, phase: &MutexGuard<'_, Phase>) -> Result<()> {
         let links = lock(&self.links).clone();
         let gone = lock(&self.gone).clone();
         for (pid, ring) in links.iter().map(|link| (link.pid, &link.ring)).chain(gone.iter().map(|(p, r)| (*p, r))) {
             self.look_at_mark(pid, ring);
         }
-        if *phase == Phase::Trapping {
+        if **phase == Phase::Trapping {
             let failed = |e| Error::system(Kind::InstantLost, "look for writers that began without us", e);
             if self.folder.is_marked_unattached(self.disk, self.number).map_err(failed)? {
                 self.lose("a writer began to write before we could attach to it".into());
             }
-            if let Err(error) = self.scan(&phase) {
+            if let Err(error) = self.scan(phase) {
                 self.lose(error.to_string());
             }
         }
@@ -393,8 +404,8 @@ impl Hub {
     }
 
     /// Lets everybody go, for good.
-    fn end(&self) {
-        *lock(&self.phase) = Phase::Over;
+    fn end(&self, phase: &mut MutexGuard<'_, Phase>) {
+        **phase = Phase::Over;
         if lock(&self.announcement).take().is_some() {
             self.folder.clear_mark(self.disk, self.number);
         }

@@ -13,6 +13,7 @@ use crate::snapshot::copy_state::{CopyState, Holder, Plan};
 use crate::snapshot::tracker::FreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -378,6 +379,99 @@ fn an_instant_that_was_given_up_ends_the_copy_however_long_its_writers_go_on() {
         assert_eq!(error.kind(), Kind::InstantLost);
         assert!(writer.join().unwrap(), "the copy waited for the writer's last write");
     });
+}
+
+/// Tells of faults.
+struct Faults(mpsc::Sender<()>);
+
+impl Monitor for Faults {
+    fn event(&self, event: Event<'_>) {
+        if matches!(event, Event::Fault { .. }) {
+            self.0.send(()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn nobodys_write_waits_for_a_job_that_stopped_for_its_source() {
+    let bench = Bench::new(Disk { bad: Some(CLUSTER + 3), ..Disk::new(3 * CLUSTER) }, None, SMALL);
+    let (job, (tell, told)) = (Job::new(None), mpsc::channel());
+    let monitor = Faults(tell);
+    let ends = Ends { source: &*bench.disk, overlay: Some(&*bench.overlay), target: &bench.target, unallocated: None };
+    let (granule, hole, yields) = (CLUSTER, None, false);
+    let (on_source_error, on_target_error) = (OnError::Stop, OnError::Report);
+    let rules = Rules { granule, hole, yields, on_source_error, on_target_error };
+    let copier = Copier::new(&job, &monitor, &bench.tracker, ends, rules);
+    thread::scope(|scope| {
+        let (done, granted) = mpsc::channel();
+        let (bench, job) = (&bench, &job);
+        scope.spawn(move || {
+            told.recv().unwrap();
+            done.send(bench.preserver.before_write(one_cluster(2))).unwrap();
+        });
+        let end = scope.spawn(move || {
+            let granted = granted.recv_timeout(Duration::from_secs(20));
+            job.cancel();
+            granted
+        });
+        assert_eq!(copier.run(1).unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(end.join().unwrap().expect("it waited for whoever resumes the job").unwrap(), Granted::Write);
+    });
+}
+
+/// A disk of zeroes on which somebody writes between two looks.
+struct Filling {
+    disk: Disk,
+    looks: AtomicU64,
+}
+
+impl Image for Filling {
+    fn length(&self) -> u64 {
+        self.disk.length
+    }
+
+    fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
+        let allocation = match self.looks.fetch_add(1, Ordering::Relaxed) {
+            0 => Allocation::Zero,
+            _ => Allocation::Data,
+        };
+        Ok(Extent { range, allocation })
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.disk.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.disk.write_at(buf, offset)
+    }
+
+    fn write_zeroes(&self, range: ByteRange) -> io::Result<()> {
+        self.disk.write_zeroes(range)
+    }
+
+    fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.disk.discard(range)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.disk.flush()
+    }
+
+    fn properties(&self) -> Properties {
+        self.disk.properties()
+    }
+}
+
+#[test]
+fn a_run_of_zeroes_that_is_data_at_the_second_look_is_no_longer_than_a_chunk() {
+    let source = Filling { disk: Disk::new(4 << 20), looks: AtomicU64::new(0) };
+    let bench = Bench::new(Disk::new(4 << 20), None, SMALL);
+    let ends = Ends { source: &source, overlay: None, target: &bench.target, unallocated: None };
+    let (on_source_error, on_target_error) = (OnError::Report, OnError::Report);
+    let rules = Rules { granule: CLUSTER, hole: None, yields: false, on_source_error, on_target_error };
+    Copier::new(&Job::new(None), &Silent, &bench.tracker, ends, rules).run(1).unwrap();
+    assert!(bench.tracker.is_done());
 }
 
 fn one_cluster(n: u64) -> ByteRange {
