@@ -81,7 +81,9 @@ fn a_qcow2_export_is_copied_with_its_backing_file_and_stays_sparse() {
     qemu_img("create -q -f qcow2 -F raw -b", &[&at("base.raw"), &at("top.qcow2")]);
     qemu_io(&["-f", "qcow2"], &at("top.qcow2"), &["write -P 7 5M 100k", "write -z 64k 64k"]);
     let server = qemu_nbd(folder.path(), "s", "-r -f qcow2 top.qcow2");
-    backup(&server.uri(), text(&at("copy.raw")), &[]).succeeds();
+    let ended = backup(&server.uri(), text(&at("copy.raw")), &["--json"]);
+    assert!(String::from_utf8_lossy(&ended.stdout).contains(r#""instant":"unwatched""#), "{ended:?}");
+    ended.succeeds();
     qemu_img("convert -U -f qcow2 -O raw", &[&at("top.qcow2"), &at("expected.raw")]);
     same_bytes(&at("copy.raw"), &at("expected.raw"));
     assert!(allocated(&at("copy.raw")) < 2 * MIB, "{}", allocated(&at("copy.raw")));

@@ -53,6 +53,17 @@ fn each_promise_is_in_the_readme() {
     for row in rows() {
         assert!(readme.contains(&row.promise), "README.md does not say: {}", row.promise);
         assert!(!row.tests.is_empty(), "no test: {}", row.promise);
+        assert!(!row.bugs.is_empty(), "no bug that breaks it: {}", row.promise);
+    }
+}
+
+#[test]
+fn each_section_of_the_readme_has_a_promise() {
+    let readme = fs::read_to_string("README.md").unwrap();
+    for section in readme.split("\n## ").skip(1) {
+        let (title, text) = section.split_once('\n').unwrap();
+        let is_promised = rows().iter().any(|row| flowing(text).contains(&row.promise));
+        assert!(is_promised || ["Two commands", "Licence"].contains(&title), "no promise of: {title}");
     }
 }
 
@@ -95,6 +106,19 @@ fn each_bug_of_a_promise_is_caught_by_a_test_of_its_row() {
         }
     }
     assert!(tried.len() > 40, "{tried:?}");
+}
+
+#[test]
+fn the_document_lists_each_deliberate_bug() {
+    let document = fs::read_to_string("docs/TESTING.md").unwrap();
+    let mark = "<!-- The deliberate bugs: UPDATE=1 cargo test --test testing -->\n";
+    let (before, written) = document.split_once(mark).unwrap();
+    let (_, listed) = mutations(&["--list"]);
+    if std::env::var_os("UPDATE").is_some() {
+        fs::write("docs/TESTING.md", format!("{before}{mark}\n{}\n", listed.trim())).unwrap();
+    } else {
+        assert_eq!(written.trim(), listed.trim(), "to write it anew: UPDATE=1 cargo test --test testing");
+    }
 }
 
 #[test]
