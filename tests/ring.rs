@@ -561,8 +561,8 @@ fn another_users_writer_is_not_talked_to() {
     stranger.ends();
 }
 
-#[test]
-fn the_writer_in_c_is_compiled_without_a_warning_and_backed_up() {
+/// The folder of the library for C.
+fn c_library() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let target = root.join("target/capi");
     let cargo = Command::new(env!("CARGO"))
@@ -573,9 +573,47 @@ fn the_writer_in_c_is_compiled_without_a_warning_and_backed_up() {
         .output()
         .unwrap();
     assert!(cargo.status.success(), "{}", String::from_utf8_lossy(&cargo.stderr));
+    target.join("debug")
+}
+
+/// Opens and closes a writer, then forks two that open one each; says how many writers' names there are.
+const FORKS: &str = r#"
+import ctypes, os, sys
+library = ctypes.CDLL(sys.argv[1] + "/libdrive_backup.so")
+disk, folder = (os.fsencode(path) for path in sys.argv[2:])
+def writer():
+    opened = ctypes.c_void_p()
+    assert library.drive_backup_writer_open(ctypes.byref(opened), disk, folder) == 0
+    return opened
+library.drive_backup_writer_close(writer())
+(ready, tell), (hold, release) = os.pipe(), os.pipe()
+for _ in range(2):
+    if os.fork() == 0:
+        os.close(release)
+        writer()
+        os.write(tell, b".")
+        os.read(hold, 1)
+        os._exit(0)
+os.close(tell)
+if os.read(ready, 1) and os.read(ready, 1):
+    print(sum(name.startswith(b"writer-") for name in os.listdir(folder)))
+os.close(release)
+"#;
+
+#[test]
+fn forks_that_open_a_disk_each_are_writers_of_their_own() {
+    let scene = Scene::new();
+    let output =
+        Command::new("python3").args(["-c", FORKS]).arg(c_library()).args([scene.disk(), scene.folder()]).output();
+    let output = output.unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "2\n", "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn the_writer_in_c_is_compiled_without_a_warning_and_backed_up() {
+    let (root, library) = (Path::new(env!("CARGO_MANIFEST_DIR")), c_library());
     let scene = Scene::new();
     let program = scene.temp.path().join("writer");
-    let library = target.join("debug");
     let gcc = Command::new("gcc")
         .args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-O2", "-o"])
         .args([&program, &root.join("examples/writer.c")])

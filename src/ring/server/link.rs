@@ -334,8 +334,11 @@ pub mod tests {
         let never = AtomicBool::new(false);
         let soon = || Futex::new(Duration::ZERO, Duration::from_millis(1));
         link.ring.post(7, ByteRange::new(0, 1), &WAKER);
+        assert!(link.overdue(Duration::from_secs(3600), 100, 100).is_empty(), "nobody has taken it yet");
+        let seen = lock(&link.places)[7].seen.map(|(_, since)| since);
         assert_eq!(link.ring.take(0), Some(7));
         let first = link.take_note(7, 100, 100).unwrap();
+        assert_eq!(Some(first.since), seen, "the writer has waited since then");
         assert!(link.answer_entry(7, first.ticket, Answer::Refused(5)), "its time was up");
         assert_eq!(link.ring.await_answer(7, &never, &mut soon()), Answer::Refused(5));
         link.ring.post(7, ByteRange::new(50, 1), &WAKER);
