@@ -11,6 +11,7 @@ use crate::ground::size::{NotASize, parse_rate, parse_size};
 use crate::ground::speed::Schedule;
 use crate::image::qcow2::header::Compression;
 use crate::image::secret::SecretPlace;
+use crate::ring::server::{LONGEST_CAPTURE, LONGEST_FREEZE};
 use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -188,12 +189,12 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", allow_negative_numbers = true, value_parser = limit, default_value = "off", help_heading = INSTANT)]
     pub overlay_limit: Limit,
 
-    /// In how many seconds all writers must be frozen
-    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds, default_value = "5", help_heading = INSTANT)]
+    /// In how many seconds all writers must be frozen; 60 at most
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = of_freeze, default_value = "5", help_heading = INSTANT)]
     pub freeze_timeout: Duration,
 
-    /// In how many seconds the old contents must be saved for a waiting write
-    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds, default_value = "30", help_heading = INSTANT)]
+    /// In how many seconds the old contents must be saved for a waiting write; 298 at most
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = of_capture, default_value = "30", help_heading = INSTANT)]
     pub cbw_timeout: Duration,
 
     /// What happens when they can't be
@@ -419,6 +420,20 @@ pub fn seconds(text: &str) -> Result<Duration, &'static str> {
     }
 }
 
+fn of_freeze(text: &str) -> Result<Duration, String> {
+    writers_bound(text, LONGEST_FREEZE)
+}
+
+fn of_capture(text: &str) -> Result<Duration, String> {
+    writers_bound(text, LONGEST_CAPTURE)
+}
+
+/// Seconds, no more than writers agree to.
+fn writers_bound(text: &str, most: Duration) -> Result<Duration, String> {
+    let refusal = || format!("it is a number of seconds from 0.1 to {}: writers wait no longer", most.as_secs());
+    seconds(text).ok().filter(|asked| *asked <= most).ok_or_else(refusal)
+}
+
 /// Up to a year.
 pub fn timeout(text: &str) -> Result<Duration, &'static str> {
     let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
@@ -483,6 +498,8 @@ mod tests {
         );
         assert_eq!(parse(&["-q"]).unwrap().sight.progress, Progress::None);
         assert_eq!(parse(&["--speed", "auto"]).unwrap().speed, Speed::Auto);
+        let longest = parse(&["--freeze-timeout", "60", "--cbw-timeout", "298"]).unwrap();
+        assert_eq!((longest.freeze_timeout.as_secs(), longest.cbw_timeout.as_secs()), (60, 298));
         for (text, seconds) in [("10", 10.0), ("0.5", 0.5), ("90m", 5400.0), ("1.5h", 5400.0), ("2d", 172_800.0)] {
             assert_eq!(parse(&["--timeout", text]).unwrap().timeout, Some(Duration::from_secs_f64(seconds)), "{text}");
         }
@@ -504,6 +521,8 @@ mod tests {
             &["--timeout", "1w"],
             &["--timeout", "nan"],
             &["--timeout", "1e9d"],
+            &["--freeze-timeout", "60.1"],
+            &["--cbw-timeout", "299"],
             &["--workers", "0"],
             &["--workers", "-2"],
             &["--compress", "zstd:23"],

@@ -9,9 +9,9 @@ pub const PACKET: usize = 64;
 const SMALLEST_CLUSTER: u32 = 512;
 const LARGEST_CLUSTER: u32 = 64 << 20;
 /// A writer never agrees to be frozen for longer.
-const LONGEST_FREEZE: Duration = Duration::from_secs(60);
+pub const LONGEST_FREEZE: Duration = Duration::from_secs(60);
 /// A writer never agrees to wait longer for a grant.
-const LONGEST_WAIT: Duration = Duration::from_secs(300);
+pub const LONGEST_WAIT: Duration = Duration::from_secs(300);
 
 /// The terms under which a backup attaches to a writer. Two descriptors come with it: the ring, then the bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,7 +21,7 @@ use crate::ground::cluster::{ClusterSize, Clusters};
 use crate::ground::range::ByteRange;
 use crate::ring::folder::{Disk, Entry, Folder};
 use crate::ring::layout::{Breach, bitmap_bytes};
-use crate::ring::packet::Attach;
+use crate::ring::packet::{self, Attach};
 use crate::ring::shm::{Bits, Ring};
 use crate::ring::stall::Stalls;
 use crate::snapshot::tracker::FreeMap;
@@ -42,6 +42,11 @@ const REFUSAL: Duration = Duration::from_secs(2);
 const ATTACHING: Duration = Duration::from_secs(5);
 /// How long the end waits for threads that are in the middle of a capture. Those that hang are left behind.
 const LAST_THREADS: Duration = Duration::from_secs(1);
+
+/// The longest [`Options::freeze_timeout`] and [`Options::cbw_timeout`] that mean what they say: writers wait no longer.
+pub const LONGEST_FREEZE: Duration = packet::LONGEST_FREEZE;
+/// See [`LONGEST_FREEZE`].
+pub const LONGEST_CAPTURE: Duration = packet::LONGEST_WAIT.saturating_sub(REFUSAL);
 
 /// What happens when the old contents can't be saved in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
