@@ -56,6 +56,17 @@ pub fn check_manifests(devices: &[PathBuf], targets: &[PathBuf], manifests: &[Pa
     Ok(())
 }
 
+/// Refuses `file`, which `flag` names for monitors, if it would take the place of one of `others`.
+pub fn check_file<'a>(flag: &str, file: &Path, others: impl IntoIterator<Item = &'a PathBuf>) -> Result<()> {
+    match others.into_iter().find(|other| !is_dash(other) && is_one_target(file, other)) {
+        None => Ok(()),
+        Some(other) => {
+            let (file, other) = (file.display(), other.display());
+            Err(Error::new(Kind::Usage, format!("{flag} '{file}' is '{other}' too: name another file")))
+        }
+    }
+}
+
 fn is_one_target(one: &Path, other: &Path) -> bool {
     let leads_to_one = || place(one).is_some_and(|one| place(other).is_some_and(|other| one == other));
     one == other || identity::is_overlapping(one, other) || leads_to_one()

@@ -261,6 +261,13 @@ fn check(args: &Args) -> Result<()> {
     }
     pairs::check(&args.device, &args.target)?;
     pairs::check_manifests(&args.device, &args.target, &args.manifest)?;
+    let written = || args.device.iter().chain(&args.target).chain(&args.manifest);
+    if let Some(file) = &args.status_file {
+        pairs::check_file("--status-file", file, written())?;
+    }
+    if let Some(file) = &args.metrics_file {
+        pairs::check_file("--metrics-file", file, written().chain(&args.status_file))?;
+    }
     if args.target.iter().any(|target| is_dash(target)) {
         return check_stream(args);
     }

@@ -2,6 +2,7 @@
 
 use super::args::Args;
 use super::environment;
+use super::pairs;
 use super::progress::Style;
 use super::resolve::{JsonEnd, View};
 use super::signs::Files;
@@ -10,6 +11,7 @@ use clap::CommandFactory;
 use clap::error::ErrorKind;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// clap's findings, without its usage lines, in one line with a hint.
@@ -78,16 +80,22 @@ pub fn view(arguments: &[OsString]) -> View {
     }
 }
 
-/// The files that arguments ask for which could not be read, or not followed.
+/// The files that arguments ask for which could not be read, or not followed; none that is something else of the run too.
 pub fn files(arguments: &[OsString]) -> Files {
     if verb(arguments).is_some() {
         return Files::default();
     }
     let value = |option: &str| of_backup(arguments, option);
     let name = |option: &str| value(option).map(|value| value.to_string_lossy().into_owned()).unwrap_or_default();
+    let [status, metrics] = ["status-file", "metrics-file"].map(|option| value(option).map(PathBuf::from));
+    let named = ["device", "target", "manifest"].map(|option| all_of_backup(arguments, option));
+    let named: Vec<PathBuf> = named.into_iter().flatten().map(Into::into).collect();
+    let alone = |file: &Option<PathBuf>, other: &Option<PathBuf>| {
+        file.clone().filter(|file| pairs::check_file("", file, named.iter().chain(other)).is_ok())
+    };
     Files {
-        status: value("status-file").map(Into::into),
-        metrics: value("metrics-file").map(Into::into),
+        status: alone(&status, &metrics),
+        metrics: alone(&metrics, &status),
         refused: [name("device"), name("target")],
     }
 }

@@ -4,6 +4,7 @@ use crate::kit::{Bench, DISK, Records, Running, Tmpfs, code, records, wait_until
 use nix::libc::{SIGKILL, SIGTERM};
 use serde_json::Value;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixDatagram;
 use std::process::Stdio;
 use std::time::Duration;
@@ -104,6 +105,38 @@ fn files_that_can_not_be_written_are_a_warning_and_not_the_end() {
     }
     drop(full);
     bench.assert_copied("out.raw");
+}
+
+#[test]
+fn a_file_that_is_something_else_of_the_run_is_refused_and_stays_as_it_is() {
+    let bench = Bench::new();
+    fs::write(bench.path("out.raw"), "the old copy").unwrap();
+    fs::hard_link(bench.path("disk.raw"), bench.path("hard")).unwrap();
+    symlink("disk.raw", bench.path("link")).unwrap();
+    symlink("m.json", bench.path("dangling")).unwrap();
+    let names = bench.leftovers().len();
+    for (flags, alias, of) in [
+        (&["--status-file", "out.raw"][..], "out.raw", "out.raw"),
+        (&["--metrics-file", "disk.raw"], "disk.raw", "disk.raw"),
+        (&["--metrics-file", "hard"], "hard", "disk.raw"),
+        (&["--status-file", "link"], "link", "disk.raw"),
+        (&["--manifest", "m.json", "--status-file", "dangling"], "dangling", "m.json"),
+        (&["--status-file", "new", "--metrics-file", "./new"], "./new", "new"),
+    ] {
+        let output = bench.backup().args(flags).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((code(output.status), text.lines().count()), (2, 1), "{flags:?}: {text}");
+        assert!(text.contains(&format!("-file '{alias}' is '{of}' too: name another file")), "{text}");
+        // Nor does a run that is refused for something else write there.
+        assert_eq!(code(bench.backup().args(flags).arg("--bogus").output().unwrap().status), 2);
+        assert_eq!(fs::metadata(bench.path("disk.raw")).unwrap().len(), DISK, "{flags:?}");
+        assert_eq!(fs::read_to_string(bench.path("out.raw")).unwrap(), "the old copy", "{flags:?}");
+        assert_eq!(bench.leftovers().len(), names, "{flags:?}: {:?}", bench.leftovers());
+    }
+    // A file of its own says how that went.
+    let flags = ["--metrics-file", "m.prom", "--status-file", "disk.raw"];
+    assert_eq!(code(bench.backup().args(flags).output().unwrap().status), 2);
+    assert_eq!(metric(&bench, "last_exit_code"), Some(2.0));
 }
 
 #[test]

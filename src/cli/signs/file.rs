@@ -6,8 +6,11 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 /// Puts `bytes` in the place of what `path` names. Not flushed: after a power cut the old contents are as good. A symbolic
-/// link is replaced. On an error, in one line, the old contents stay.
+/// link to a file is replaced; what else is there, such as a device, is not. On an error, in one line, the old contents stay.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), String> {
+    if is_no_file(path) {
+        return Err(format!("write '{}': it is there, and is not a regular file", path.display()));
+    }
     let beside = beside(path);
     // Never through a link that somebody else has put there.
     let create = || File::options().write(true).create_new(true).open(&beside);
@@ -21,6 +24,12 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), String> {
         let _ = fs::remove_file(&beside);
         format!("write '{}': {error}", path.display())
     })
+}
+
+/// What there is can't be replaced without harm. That of a standard stream, a link into /proc, leads to a file now and then.
+fn is_no_file(path: &Path) -> bool {
+    let is_stream = fs::read_link(path).is_ok_and(|leads_to| leads_to.starts_with("/proc"));
+    is_stream || fs::metadata(path).is_ok_and(|found| !found.is_file())
 }
 
 /// Hidden, and of no extension that a collector looks for.
@@ -54,6 +63,29 @@ mod tests {
         std::os::unix::fs::symlink(&precious, beside(&path)).unwrap();
         replace(&path, b"news").unwrap();
         assert_eq!((fs::read(&path).unwrap(), fs::read(&precious).unwrap()), (b"news".to_vec(), b"precious".to_vec()));
+    }
+
+    #[test]
+    fn only_a_regular_file_or_a_link_to_one_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        fs::write(at("file"), "old").unwrap();
+        let links = [("null", "/dev/null"), ("to socket", "socket"), ("stderr", "/proc/self/fd/2")];
+        for (name, leads_to) in links.into_iter().chain([("link", "file"), ("dangling", "missing")]) {
+            std::os::unix::fs::symlink(leads_to, at(name)).unwrap();
+        }
+        for name in ["socket", "null", "to socket", "stderr"] {
+            let before = fs::symlink_metadata(at(name)).unwrap().file_type();
+            let why = replace(&at(name), b"news").expect_err(name);
+            assert!(why.ends_with(&format!("{name}': it is there, and is not a regular file")), "{why}");
+            assert_eq!(fs::symlink_metadata(at(name)).unwrap().file_type(), before, "{name}");
+        }
+        for name in ["link", "dangling"] {
+            replace(&at(name), b"news").unwrap();
+            assert!(fs::symlink_metadata(at(name)).unwrap().is_file(), "{name}");
+        }
+        assert_eq!(fs::read(at("file")).unwrap(), b"old");
     }
 
     #[test]
