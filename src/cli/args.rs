@@ -236,7 +236,8 @@ pub struct Args {
 
     /// When the run ends, however it does, write how it went for Prometheus's node_exporter (FILE.prom in its folder)
     ///
-    /// The time of the last success is kept from the file that is there. Give each backup a file of its own.
+    /// The time of the last success is kept from the file that is there. Give each backup a file of its own. A --dry-run
+    /// writes none.
     #[arg(long, value_name = "FILE", help_heading = SIGHT, value_hint = ValueHint::FilePath)]
     pub metrics_file: Option<PathBuf>,
 

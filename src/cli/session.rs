@@ -135,7 +135,9 @@ impl Session {
         let display = Display::start(view.style, rows, ends.people, served()).context("start the progress thread")?;
         let lines = ends.json.map(Lines::to);
         let refused = ends.files.refused.clone();
-        let signs = ends.files.are_wanted().then(|| Signs::start(ends.files, jobs.len(), display.clone(), served()));
+        // A rehearsal is neither a success nor a failure of backups.
+        let files = Files { metrics: ends.files.metrics.filter(|_| !view.dry_run), ..ends.files };
+        let signs = files.are_wanted().then(|| Signs::start(files, jobs.len(), display.clone(), served()));
         let signs = signs.transpose().context("start the thread of the files")?;
         let mut watched = Vec::new();
         for (place, job) in jobs.iter().enumerate() {

@@ -66,17 +66,20 @@ fn found(error: &clap::Error) -> String {
 
 /// What is shown of arguments that could not be read.
 pub fn view(arguments: &[OsString]) -> View {
-    let is = |wanted: &str| arguments.iter().any(|argument| argument == wanted);
     let verb = verb(arguments);
+    let is_on = |option: &str| {
+        arguments.iter().any(|argument| argument.as_bytes().strip_prefix(b"--") == Some(option.as_bytes()))
+            || environment::is_on(verb, option)
+    };
     let stream = verb.is_none() && all_of_backup(arguments, "target").iter().any(|target| target == "-");
     let end = if stream { JsonEnd::Stderr } else { JsonEnd::Stdout };
     View {
-        json: (is("--json") || environment::is_on(verb, "json")).then_some(end),
+        json: is_on("json").then_some(end),
         status_interval: Duration::MAX,
         style: Style::None,
         quiet: false,
         verbose: false,
-        dry_run: false,
+        dry_run: is_on("dry-run"),
     }
 }
 

@@ -89,6 +89,22 @@ fn metrics_are_written_whatever_ends_a_run_and_keep_the_last_success() {
 }
 
 #[test]
+fn a_dry_run_leaves_the_metrics_of_the_last_backup() {
+    let bench = Bench::new();
+    let variable = ("DRIVE_BACKUP_METRICS_FILE", bench.path("m.prom"));
+    for before in ["", "# of the last backup\n"] {
+        fs::write(bench.path("m.prom"), before).unwrap();
+        for (flags, status) in [(&[][..], 0), (&["--source-format", "qcow2"], 4), (&["--no-such-flag"], 2)] {
+            let mut command = bench.backup();
+            command.args(["--dry-run", "--status-file", "status"]).args(flags).env(variable.0, &variable.1);
+            assert_eq!(code(command.output().unwrap().status), status, "{flags:?}");
+            assert_eq!(newest(&bench).unwrap()["exit_code"], status, "{flags:?}");
+            assert_eq!(fs::read_to_string(&variable.1).unwrap(), before, "{flags:?}");
+        }
+    }
+}
+
+#[test]
 fn files_that_can_not_be_written_are_a_warning_and_not_the_end() {
     let bench = Bench::new();
     let full = Tmpfs::at(&bench.path("full"), 4096);
