@@ -3,6 +3,7 @@
 use super::resolve::is_dash;
 use crate::error::{Error, Kind, Result};
 use crate::image::identity;
+use crate::image::location::Location;
 use crate::publish::place;
 use std::path::{Path, PathBuf};
 
@@ -25,7 +26,7 @@ pub fn check(devices: &[PathBuf], targets: &[PathBuf]) -> Result<()> {
     for (disk, target) in targets.iter().enumerate() {
         let others = devices.iter().enumerate().filter(|(other, _)| *other != disk);
         if let Some((_, device)) = others.into_iter().find(|(_, device)| identity::is_overlapping(device, target)) {
-            let (device, target) = (device.display(), target.display());
+            let (device, target) = (Location::shown(device), Location::shown(target));
             return refuse(format!("--target '{target}' holds bytes of --device '{device}': name another target"));
         }
     }
@@ -49,7 +50,7 @@ pub fn check_manifests(devices: &[PathBuf], targets: &[PathBuf], manifests: &[Pa
         if let Some(other) =
             devices.iter().chain(targets).find(|other| !is_dash(other) && is_one_target(manifest, other))
         {
-            let (manifest, other) = (manifest.display(), other.display());
+            let (manifest, other) = (Location::shown(manifest), Location::shown(other));
             return refuse(format!("--manifest '{manifest}' is '{other}' too: name another file"));
         }
     }
@@ -61,7 +62,7 @@ pub fn check_file<'a>(flag: &str, file: &Path, others: impl IntoIterator<Item = 
     match others.into_iter().find(|other| !is_dash(other) && is_one_target(file, other)) {
         None => Ok(()),
         Some(other) => {
-            let (file, other) = (file.display(), other.display());
+            let (file, other) = (Location::shown(file), Location::shown(other));
             Err(Error::new(Kind::Usage, format!("{flag} '{file}' is '{other}' too: name another file")))
         }
     }
@@ -78,10 +79,8 @@ fn first_pair(paths: &[PathBuf], is_one: impl Fn(&Path, &Path) -> bool) -> Optio
 }
 
 fn named(flag: &str, one: &Path, other: &Path) -> String {
-    match one == other {
-        true => format!("{flag} '{}' is", one.display()),
-        false => format!("{flag} '{}' and '{}' are one,", one.display(), other.display()),
-    }
+    let (one, other) = (Location::shown(one), Location::shown(other));
+    if one == other { format!("{flag} '{one}' is") } else { format!("{flag} '{one}' and '{other}' are one,") }
 }
 
 #[cfg(test)]
@@ -94,6 +93,21 @@ mod tests {
         let error = check(devices, targets).expect_err("refused");
         assert_eq!(error.kind(), Kind::Usage);
         error.to_string()
+    }
+
+    #[test]
+    fn no_password_is_in_a_refusal() {
+        let paths = |words: &[&str]| words.iter().map(PathBuf::from).collect::<Vec<_>>();
+        let (disk, files) = ("https://alice:hunter2@h/x", paths(&["t", "u"]));
+        let refusals = [
+            refusal(&paths(&[disk, disk]), &files),
+            refusal(&files, &paths(&[disk, disk])),
+            check_manifests(&paths(&[disk]), &paths(&["t"]), &paths(&[disk])).unwrap_err().to_string(),
+            check_file("--status-file", Path::new(disk), &paths(&[disk])).unwrap_err().to_string(),
+        ];
+        for text in refusals {
+            assert!(text.contains("'https://alice:…@h/x'") && !text.contains("hunter2"), "{text}");
+        }
     }
 
     #[test]

@@ -146,8 +146,8 @@ impl Session {
             let outlets = Outlets { records, signs: signs.clone().map(|signs| (signs, place)), is_first: place == 0 };
             watched.push(Watched::start(view, Arc::clone(job), disks.get(place), display.about(name(place)), outlets)?);
         }
-        if disks.is_empty() {
-            watched[0].ends = refused;
+        if let Some(ends) = refused {
+            watched[0].ends = ends;
         }
         let unserved = 1 + lines.map_or(0, |_| jobs.len()) + usize::from(signs.is_some());
         Ok(Self { disks: watched, display, wake, woken, unserved, cancelled: None, abandoned: false, remote: None })

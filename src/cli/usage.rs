@@ -7,11 +7,12 @@ use super::progress::Style;
 use super::resolve::{JsonEnd, View};
 use super::signs::Files;
 use crate::error::{Error, Kind};
+use crate::image::location::{Location, without_password};
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// clap's findings, without its usage lines, in one line with a hint.
@@ -27,8 +28,16 @@ pub fn error_of(error: &clap::Error, arguments: &[OsString]) -> Error {
         }
         _ => found(error),
     };
+    let line = hide_passwords(line, arguments);
     let name = verb.map_or_else(String::new, |verb| format!(" {verb}"));
     Error::new(Kind::Usage, format!("{line}; try 'drive-backup{name} --help'"))
+}
+
+/// What is not understood is quoted, be it the value of another option.
+fn hide_passwords(line: String, arguments: &[OsString]) -> String {
+    let whole = arguments.iter().filter_map(|argument| argument.to_str());
+    let words = whole.flat_map(|word| [Some(word), word.split_once('=').map(|(_, value)| value)]).flatten();
+    words.fold(line, |line, word| line.replace(word, &without_password(word)))
 }
 
 fn verb_definition(verb: &str) -> clap::Command {
@@ -89,7 +98,8 @@ pub fn files(arguments: &[OsString]) -> Files {
         return Files::default();
     }
     let value = |option: &str| of_backup(arguments, option);
-    let name = |option: &str| value(option).map(|value| value.to_string_lossy().into_owned()).unwrap_or_default();
+    // As a run names them that is not refused.
+    let name = |option: &str| value(option).map(|word| Location::shown(Path::new(&word))).unwrap_or_default();
     let [status, metrics] = ["status-file", "metrics-file"].map(|option| value(option).map(PathBuf::from));
     let named = ["device", "target", "manifest"].map(|option| all_of_backup(arguments, option));
     let named: Vec<PathBuf> = named.into_iter().flatten().map(Into::into).collect();
@@ -99,7 +109,7 @@ pub fn files(arguments: &[OsString]) -> Files {
     Files {
         status: alone(&status, &metrics),
         metrics: alone(&metrics, &status),
-        refused: [name("device"), name("target")],
+        refused: Some([name("device"), name("target")]),
     }
 }
 
@@ -156,6 +166,8 @@ mod tests {
             ("serve --bogus", &["unexpected argument '--bogus'", "; try 'drive-backup serve --help'"]),
             ("verify", &["--manifest <FILE>", "; try 'drive-backup verify --help'"]),
             ("ctl", &["ctl needs one of status, speed, pause, resume, cancel, watch; try 'drive-backup ctl --help'"]),
+            ("https://alice:hunter2@h/x out", &["'https://alice:…@h/x'"]),
+            ("--device d --target t --speed=s3://alice:hunter2@h/x", &["'s3://alice:…@h/x'"]),
             ("ctl stop", &["'stop'; try 'drive-backup ctl --help'"]),
         ] {
             let message = message(flags);

@@ -8,6 +8,9 @@ use crate::nbd::uri::Uri;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+/// What begins a word that names a volume of Ceph.
+pub const RBD: &str = "rbd:";
+
 /// A source or a target, as it was named.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Location {
@@ -30,12 +33,20 @@ impl Location {
         }
     }
 
+    /// A word as messages name it, be it a location or not.
+    pub fn shown(word: &Path) -> String {
+        Self::parse(word).map_or_else(|_| without_password(&word.to_string_lossy()), |location| location.to_string())
+    }
+
     #[cfg(feature = "nbd")]
     fn of_qemu(word: &Path) -> Result<Option<Self>> {
         let Some(text) = word.to_str() else { return Ok(None) };
         let remote = Remote::parse(text);
         if let (None, Some(hint)) = (&remote, hint_of(text)) {
-            return Err(Error::new(Kind::Usage, format!("'{text}' is no place that is known: {hint}")));
+            return Err(Error::new(
+                Kind::Usage,
+                format!("'{}' is no place that is known: {hint}", without_password(text)),
+            ));
         }
         Ok(remote.map(Self::Qemu))
     }
@@ -93,6 +104,22 @@ impl Location {
     }
 }
 
+/// A URI, or what may be one, for people: what follows `user:` or `user%` before the host, and rbd's `key=`, are left out.
+pub fn without_password(word: &str) -> String {
+    if word.starts_with(RBD) {
+        let parts = word.split(':').map(|part| if part.starts_with("key=") { "key=…" } else { part });
+        return parts.collect::<Vec<_>>().join(":");
+    }
+    let start = word.find("://").map_or(0, |at| at + 3);
+    let host = &word[start..];
+    let host = &host[..host.find('/').unwrap_or(host.len())];
+    let Some(at) = host.rfind('@') else { return word.to_owned() };
+    match host[..at].find([':', '%']) {
+        Some(user) => format!("{}{}…{}", &word[..start], &host[..=user], &word[start + at..]),
+        None => word.to_owned(),
+    }
+}
+
 /// Without the feature too: a URI is not a path then either.
 fn is_nbd(word: &str) -> bool {
     let scheme = word.split_once("://").map_or("", |(scheme, _)| scheme).to_ascii_lowercase();
@@ -139,8 +166,9 @@ mod tests {
             ("nbd:localhost:10809", "write nbd://HOST:PORT"),
             ("file:///srv/disk.raw", "write the path alone"),
             ("s3://bucket/disk", "schemes are nbd, "),
+            ("s3://alice:…@bucket/disk", "schemes are nbd, "),
         ] {
-            let error = Location::parse(Path::new(word)).unwrap_err();
+            let error = Location::parse(Path::new(&word.replace('…', "hunter2"))).unwrap_err();
             assert_eq!(error.kind(), Kind::Usage);
             assert!(error.to_string().starts_with(&format!("'{word}' is no place that is known: {hint}")), "{error}");
         }

@@ -89,6 +89,24 @@ fn metrics_are_written_whatever_ends_a_run_and_keep_the_last_success() {
 }
 
 #[test]
+fn a_refused_run_keeps_every_disks_last_success_and_shows_no_password() {
+    let bench = Bench::new();
+    let label = |device: &str| format!("drive_backup_last_success_timestamp_seconds{{device=\"{device}\",target=");
+    let disks = ["https://alice:…@h/x", "b.raw"];
+    let before: String = disks.iter().map(|disk| format!("{}\"{disk}.out\"}} 100\n", label(disk))).collect();
+    fs::write(bench.path("m.prom"), &before).unwrap();
+    let mut command = bench.bare();
+    for disk in disks {
+        command.args(["--device", &disk.replace('…', "hunter2"), "--target", &format!("{disk}.out")]);
+    }
+    let output = command.args(["--metrics-file", "m.prom", "--bogus"]).output().unwrap();
+    assert_eq!(code(output.status), 2);
+    let after = fs::read_to_string(bench.path("m.prom")).unwrap();
+    assert!(before.lines().all(|line| after.contains(line)) && !after.contains("hunter2"), "{after}");
+    assert_eq!(metric(&bench, "last_exit_code"), Some(2.0));
+}
+
+#[test]
 fn a_dry_run_leaves_the_metrics_of_the_last_backup() {
     let bench = Bench::new();
     let variable = ("DRIVE_BACKUP_METRICS_FILE", bench.path("m.prom"));

@@ -35,11 +35,11 @@ impl Run {
 }
 
 /// Replaces the file at `path`. The time of the last success is kept from the file that is there for the same device and
-/// target, where this run was none.
-pub fn write(path: &Path, runs: &[Run]) -> Result<(), String> {
+/// target, where this run was none. Refused, it can't tell of which disks it would have been: then for all.
+pub fn write(path: &Path, runs: &[Run], is_refused: bool) -> Result<(), String> {
     // Missing, or not ours: then there was no success.
     let before = fs::read_to_string(path).unwrap_or_default();
-    file::replace(path, text(runs, &before).as_bytes())
+    file::replace(path, text(runs, &before, is_refused).as_bytes())
 }
 
 /// A metric: name, help, and its value of a run, if it has one.
@@ -67,7 +67,7 @@ const METRICS: &[Metric] = &[
     }),
 ];
 
-fn text(runs: &[Run], before: &str) -> String {
+fn text(runs: &[Run], before: &str, is_refused: bool) -> String {
     let mut text = String::new();
     let mut metric = |name: &str, help: &str, values: &[(String, f64)]| {
         if !values.is_empty() {
@@ -81,15 +81,28 @@ fn text(runs: &[Run], before: &str) -> String {
     let of = |value: &dyn Fn(&Run) -> Option<f64>| -> Vec<(String, f64)> {
         runs.iter().filter_map(|run| Some((run.labels(), value(run)?))).collect()
     };
-    metric(LAST_SUCCESS, "When the last complete copy was published, in Unix time.", &of(&success));
+    let mut successes = of(&success);
+    if is_refused {
+        let is_other = |(labels, _): &(String, f64)| runs.iter().all(|run| run.labels() != *labels);
+        successes.extend(successes_in(before).filter(is_other));
+    }
+    metric(LAST_SUCCESS, "When the last complete copy was published, in Unix time.", &successes);
     METRICS.iter().for_each(|(name, help, value)| metric(name, help, &of(value)));
     text
 }
 
-/// From an earlier file.
 fn last_success(before: &str, labels: &str) -> Option<f64> {
-    let value = before.lines().find_map(|line| line.strip_prefix(LAST_SUCCESS)?.strip_prefix(labels));
-    value?.trim().parse().ok().filter(|time: &f64| time.is_finite())
+    successes_in(before).find(|(of, _)| of == labels).map(|(_, time)| time)
+}
+
+/// Labels and times of an earlier file.
+fn successes_in(before: &str) -> impl Iterator<Item = (String, f64)> {
+    before.lines().filter_map(|line| {
+        // A blank is in labels too.
+        let (labels, time) = line.strip_prefix(LAST_SUCCESS)?.rsplit_once(' ')?;
+        let time: f64 = time.parse().ok()?;
+        (labels.starts_with('{') && labels.ends_with('}') && time.is_finite()).then(|| (labels.to_owned(), time))
+    })
 }
 
 fn unix(time: SystemTime) -> f64 {
@@ -134,7 +147,7 @@ mod tests {
 
     #[test]
     fn each_metric_has_its_help_its_type_and_a_line_for_each_disk() {
-        let text = text(&[run("a", 0, 100), run("b", 5, 200)], "");
+        let text = text(&[run("a", 0, 100), run("b", 5, 200)], "", false);
         assert!(text.starts_with(&format!("# HELP {LAST_SUCCESS} When")), "{text}");
         assert!(text.contains(&format!("\n{LAST_SUCCESS}{{device=\"a\",target=\"t\"}} 100\n")), "{text}");
         assert!(!text.contains(&format!("{LAST_SUCCESS}{{device=\"b\"")), "it never succeeded: {text}");
@@ -148,11 +161,24 @@ mod tests {
 
     #[test]
     fn a_failure_keeps_the_time_of_the_last_success_of_its_own_disk() {
-        let first = text(&[run("a", 0, 100), run("b", 0, 101)], "");
-        let second = text(&[run("a", 5, 200), run("b", 0, 201), run("c", 4, 202)], &first);
+        let first = text(&[run("a", 0, 100), run("b", 0, 101)], "", false);
+        let second = text(&[run("a", 5, 200), run("b", 0, 201), run("c", 4, 202)], &first, false);
         assert_eq!(last_success(&second, &run("a", 0, 0).labels()), Some(100.0));
         assert_eq!(last_success(&second, &run("b", 0, 0).labels()), Some(201.0));
         assert_eq!(last_success(&second, &run("c", 0, 0).labels()), None);
+    }
+
+    #[test]
+    fn a_refusal_keeps_the_last_success_of_every_disk() {
+        let before = text(&[run("a b", 0, 100), run("c", 0, 101)], "", false);
+        let refused = text(&[run("a b", 2, 200)], &before, true);
+        for (device, time) in [("a b", 100.0), ("c", 101.0)] {
+            assert_eq!(last_success(&refused, &run(device, 0, 0).labels()), Some(time), "{device}: {refused}");
+            assert_eq!(refused.matches(&format!("{LAST_SUCCESS}{}", run(device, 0, 0).labels())).count(), 1);
+        }
+        // What is backed up no more is forgotten by the next run.
+        let good = text(&[run("c", 0, 300)], &refused, false);
+        assert_eq!(last_success(&good, &run("a b", 0, 0).labels()), None);
     }
 
     #[test]
@@ -160,7 +186,7 @@ mod tests {
         let mut live = run("a", 0, 1);
         live.job.overlay = Some(OverlayUsage { used: 0, peak: 8192, limit: None });
         live.job.writers = Some(WriterStats { writes: 7, stall_ms: [0.1, 2.0, 30.0], ..WriterStats::default() });
-        let text = text(&[live], "");
+        let text = text(&[live], "", false);
         for line in ["overlay_peak_bytes", "writer_writes", "writer_stall_p99_seconds", "writer_stall_max_seconds"]
             .iter()
             .zip(["8192", "7", "0.002", "0.03"])
@@ -172,7 +198,7 @@ mod tests {
 
     #[test]
     fn names_can_not_break_the_format() {
-        let text = text(&[run("a\"} 1\nx\\", 0, 1)], "");
+        let text = text(&[run("a\"} 1\nx\\", 0, 1)], "", false);
         assert!(text.contains(r#"{device="a\"} 1\nx\\",target="t"}"#), "{text}");
         assert!(text.lines().all(|line| line.starts_with('#') || line.starts_with("drive_backup_")), "{text}");
     }

@@ -22,8 +22,8 @@ pub struct Files {
     pub status: Option<PathBuf>,
     /// How the run ended, for Prometheus.
     pub metrics: Option<PathBuf>,
-    /// Device and target of a run that is refused, as far as they can be read.
-    pub refused: [String; 2],
+    /// Of a run that is refused: the first device and target, as far as they can be read.
+    pub refused: Option<[String; 2]>,
 }
 
 impl Files {
@@ -135,7 +135,9 @@ fn write_all(files: &Files, shared: &Shared, warn: impl Fn(&str, String)) {
             warn("--status-file", why);
         }
         if let Some(runs) = ended {
-            if let Some(Err(why)) = files.metrics.as_ref().map(|path| metrics::write(path, &runs)) {
+            if let Some(Err(why)) =
+                files.metrics.as_ref().map(|path| metrics::write(path, &runs, files.refused.is_some()))
+            {
                 warn("--metrics-file", why);
             }
             return;

@@ -1,5 +1,6 @@
 //! Storage that QEMU's block drivers reach, as QEMU writes it.
 
+use crate::image::location::{RBD, without_password};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -25,7 +26,6 @@ const SCHEMES: [(&str, bool); 11] = [
     ("iscsi", false),
     ("iser", false),
 ];
-const RBD: &str = "rbd:";
 
 impl Remote {
     /// `None`: it is a path.
@@ -35,7 +35,7 @@ impl Remote {
             Some((scheme, _)) => SCHEMES.iter().find(|(known, _)| scheme.eq_ignore_ascii_case(known))?.0,
             None => return None,
         };
-        Some(Self { word: word.to_owned(), scheme, shown: shown(word).into() })
+        Some(Self { word: word.to_owned(), scheme, shown: without_password(word).into() })
     }
 
     /// For QEMU. It may have a password in it.
@@ -77,22 +77,6 @@ impl Remote {
 impl fmt::Debug for Remote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Remote({})", self.shown.display())
-    }
-}
-
-/// What follows `user:` or `user%` before the host, and rbd's `key=`, are left out.
-fn shown(word: &str) -> String {
-    if word.starts_with(RBD) {
-        let parts = word.split(':').map(|part| if part.starts_with("key=") { "key=…" } else { part });
-        return parts.collect::<Vec<_>>().join(":");
-    }
-    let start = word.find("://").map_or(0, |at| at + 3);
-    let host = &word[start..];
-    let host = &host[..host.find('/').unwrap_or(host.len())];
-    let Some(at) = host.rfind('@') else { return word.to_owned() };
-    match host[..at].find([':', '%']) {
-        Some(user) => format!("{}{}…{}", &word[..start], &host[..=user], &word[start + at..]),
-        None => word.to_owned(),
     }
 }
 
