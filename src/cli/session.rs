@@ -465,11 +465,16 @@ impl Watched {
                 (code, reason, signal) = (exit::of_signal(number), "signal", Some(name));
                 message = format!("ended by {name}: {message}");
             }
-            Some(Cause::Deadline(flag)) => {
+            // Nothing else had gone wrong: a command that ran after the end may have been under way.
+            Some(Cause::Deadline(flag)) if error.kind() == Kind::Cancelled => {
                 (code, reason) = exit::of(Kind::Deadline);
-                message = format!("the time of {flag} was up before the copy was complete");
+                let when = match state {
+                    TargetState::Complete => "during --hook-after",
+                    _ => "before the copy was complete",
+                };
+                message = format!("the time of {flag} was up {when}");
             }
-            None => {}
+            _ => {}
         }
         let begun = self.watch.started.get().is_some();
         let line = BadEnd { message: &message, state, target: &self.target, begun }.line();

@@ -24,6 +24,22 @@ fn a_timeout_ends_it_with_status_10_and_leaves_the_old_copy() {
 }
 
 #[test]
+fn a_timeout_that_comes_while_a_last_hook_runs_keeps_the_truth() {
+    let bench = Bench::new();
+    let (slow, missing) = ("sleep 1000", ["--device", "nope.raw", "--target", "out.raw", "--hook-failed"]);
+    let output = bench.bare().args(missing).args([slow, "--timeout", "1"]).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(code(output.status) == 4 && text.contains("'nope.raw': No such file"), "{text}");
+
+    // Longer than the copy takes, whatever else this machine does.
+    let output = bench.backup().args(["--hook-after", slow, "--timeout", "10"]).output().unwrap();
+    assert_eq!(code(output.status), 10);
+    let line = "the time of --timeout was up during --hook-after; 'out.raw' is complete";
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), format!("drive-backup: {line}\n"));
+    bench.assert_copied("out.raw");
+}
+
+#[test]
 fn a_target_that_hangs_does_not_outlive_the_timeout() {
     let bench = Bench::new();
     let (_unread, end) = std::io::pipe().unwrap();

@@ -239,6 +239,33 @@ fn a_dying_disk_does_not_flood_people() {
 }
 
 #[test]
+fn a_deadline_after_the_end_does_not_change_how_it_ended() {
+    use TargetState::{Complete, Removed, Untouched};
+    let (early, late) =
+        ("the time of --timeout was up before the copy", "the time of --timeout was up during --hook-after");
+    for (kind, state, code, message) in [
+        (Kind::Cancelled, Removed, 10, early),
+        (Kind::Cancelled, Complete, 10, late),
+        (Kind::Source, Untouched, 4, "it broke"),
+        (Kind::Hook, Complete, 9, "it broke"),
+    ] {
+        let (session, json, people) = session(view());
+        session.wake.send(Wake::Late("--timeout")).unwrap();
+        let ending = run_one(session, move |_, job, _| {
+            // As a hook that was under way.
+            while !job.is_cancelled() {
+                thread::yield_now();
+            }
+            Err(Failure { error: Error::new(kind, "it broke"), target: state })
+        });
+        assert_eq!(ending, Ending::with_code(code), "{kind:?} {state:?}");
+        assert_eq!(records(json).last().unwrap()["exit_code"], code);
+        let people = text(people);
+        assert!(people.starts_with(&format!("drive-backup: {message}")), "{people}");
+    }
+}
+
+#[test]
 fn a_panic_of_the_engine_is_an_ordinary_failure() {
     let (ending, records, _) = run(view(), |_, job, monitor| {
         begin(job, monitor, TargetKind::File);
