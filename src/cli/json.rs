@@ -26,7 +26,7 @@ pub struct Record<'a> {
 }
 
 /// What a record says.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 #[serde(tag = "message_type", rename_all = "snake_case")]
 pub enum Body {
     /// The instant is taken.
@@ -50,7 +50,7 @@ pub enum Body {
 }
 
 /// The source.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Device {
     #[serde(flatten)]
     pub name: PathName,
@@ -60,7 +60,7 @@ pub struct Device {
 }
 
 /// The target; its path is `-` for standard output.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Target {
     #[serde(flatten)]
     pub name: PathName,
@@ -69,7 +69,7 @@ pub struct Target {
     pub kind: &'static str,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Start {
     pub version: &'static str,
     pub pid: u32,
@@ -85,7 +85,7 @@ pub struct Start {
     pub overlay: Option<Overlay>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Plan {
     pub version: &'static str,
     pub device: Device,
@@ -110,7 +110,7 @@ pub struct Plan {
     pub overlay_limit: Option<u64>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Status {
     /// prepare, copy, flush, verify, publish, cancel.
     pub phase: &'static str,
@@ -138,7 +138,7 @@ pub struct Status {
     pub writer: Option<Writer>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Warning {
     pub code: &'static str,
     pub offset: Option<u64>,
@@ -147,7 +147,7 @@ pub struct Warning {
     pub message: String,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Fault {
     /// read, write, flush, ...
     pub during: &'static str,
@@ -167,7 +167,7 @@ pub struct Fault {
     pub fatal: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Summary {
     /// complete; not_whole where ranges are missing; planned where nothing was to be copied; verified where only a comparison
     /// was asked for.
@@ -202,7 +202,7 @@ pub struct Summary {
     pub dropped: Dropped,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct ExitError {
     pub exit_code: u8,
     /// usage, source, target, instant_lost, differs, busy, hook, deadline, signal, cancelled, other.
@@ -223,7 +223,7 @@ pub struct ExitError {
     pub dropped: Dropped,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Ready {
     pub version: &'static str,
     pub pid: u32,
@@ -232,7 +232,7 @@ pub struct Ready {
     pub addresses: Vec<String>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct ServedDisk {
     pub name: String,
     #[serde(flatten)]
@@ -243,7 +243,7 @@ pub struct ServedDisk {
     pub read_only: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Stopped {
     pub exit_code: u8,
     /// What asked for it, such as SIGTERM.

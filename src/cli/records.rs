@@ -69,12 +69,16 @@ struct Queue {
 }
 
 impl Records {
-    /// Starts the thread that writes to `out`. It calls `written` once: after the last record, or as soon as `out` fails.
-    pub fn to(out: impl Write + Send + 'static, written: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
+    /// Starts the thread that writes the records of `job` to `out`. It calls `written` once: after the last record, or as
+    /// soon as `out` fails.
+    pub fn to(
+        job: String,
+        out: impl Write + Send + 'static,
+        written: impl FnOnce() + Send + 'static,
+    ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared { queue: Mutex::default(), wake: Condvar::new() });
         let records = Self(Arc::clone(&shared));
         let write = move || {
-            let job = json::new_job();
             write_all(&shared, &job, out);
             written();
         };
@@ -82,16 +86,19 @@ impl Records {
         Ok(records)
     }
 
-    /// Never blocks.
-    pub fn push(&self, body: Body) {
-        self.0.queue().push(body);
+    /// Never blocks. Its `seq`; none after the last record.
+    pub fn push(&self, body: Body) -> Option<u64> {
+        let seq = self.0.queue().push(body);
         self.0.wake.notify_one();
+        seq
     }
 
     /// The last record. Statuses that still wait, except the newest, give way, so that a slow reader gets it in time.
-    pub fn finish(&self, body: Body) {
-        self.0.queue().finish(body);
+    /// Its `seq`.
+    pub fn finish(&self, body: Body) -> Option<u64> {
+        let seq = self.0.queue().finish(body);
         self.0.wake.notify_one();
+        seq
     }
 }
 
@@ -113,9 +120,9 @@ impl Shared {
 }
 
 impl Queue {
-    fn push(&mut self, body: Body) {
+    fn push(&mut self, body: Body) -> Option<u64> {
         if self.closed {
-            return;
+            return None;
         }
         if self.entries.len() >= CAPACITY || self.statuses >= MOST_STATUSES {
             let oldest_status = self.entries.iter().position(Entry::is_status);
@@ -124,17 +131,19 @@ impl Queue {
         self.statuses += usize::from(matches!(body, Body::Status(_)));
         self.entries.push_back(Entry { seq: self.next_seq, time: SystemTime::now(), body });
         self.next_seq += 1;
+        Some(self.next_seq - 1)
     }
 
-    fn finish(&mut self, body: Body) {
+    fn finish(&mut self, body: Body) -> Option<u64> {
         let newest = self.entries.iter().rposition(Entry::is_status);
         for at in (0..newest.unwrap_or(0)).rev() {
             if self.entries[at].is_status() {
                 self.drop_at(at);
             }
         }
-        self.push(body);
+        let seq = self.push(body);
         self.closed = true;
+        seq
     }
 
     fn take(&mut self, at: usize) -> Option<Entry> {
@@ -244,7 +253,7 @@ mod tests {
     fn every_record_arrives_at_a_prompt_reader() {
         let (read, write) = io::pipe().unwrap();
         let (done, written) = mpsc::channel();
-        let records = Records::to(write, move || done.send(()).unwrap()).unwrap();
+        let records = Records::to(json::new_job(), write, move || done.send(()).unwrap()).unwrap();
         records.push(warning());
         records.push(status());
         records.finish(last());
@@ -260,7 +269,7 @@ mod tests {
     fn a_stopped_reader_loses_the_oldest_statuses_and_sees_the_gap() {
         let (read, write) = io::pipe().unwrap();
         let (done, written) = mpsc::channel();
-        let records = Records::to(write, move || done.send(()).unwrap()).unwrap();
+        let records = Records::to(json::new_job(), write, move || done.send(()).unwrap()).unwrap();
         let total = 16 * MOST_STATUSES as u64;
         for _ in 0..total {
             records.push(status());
@@ -282,14 +291,14 @@ mod tests {
     #[test]
     fn statuses_make_room_first_and_the_queue_is_bounded() {
         let mut queue = Queue::default();
-        (0..CAPACITY - MOST_STATUSES).for_each(|_| queue.push(warning()));
-        (0..MOST_STATUSES * 2).for_each(|_| queue.push(status()));
+        (0..CAPACITY - MOST_STATUSES).for_each(|_| assert!(queue.push(warning()).is_some()));
+        (0..MOST_STATUSES * 2).for_each(|_| assert!(queue.push(status()).is_some()));
         assert_eq!((queue.entries.len(), queue.statuses), (CAPACITY, MOST_STATUSES));
         assert_eq!(queue.dropped, Dropped { status_dropped: MOST_STATUSES as u64, events_dropped: 0 });
-        (0..MOST_STATUSES).for_each(|_| queue.push(warning()));
+        (0..MOST_STATUSES).for_each(|_| assert!(queue.push(warning()).is_some()));
         assert_eq!((queue.entries.len(), queue.statuses), (CAPACITY, 0));
         assert_eq!(queue.dropped.events_dropped, 0);
-        (0..3).for_each(|_| queue.push(warning()));
+        (0..3).for_each(|_| assert!(queue.push(warning()).is_some()));
         assert_eq!((queue.entries.len(), queue.dropped.events_dropped), (CAPACITY, 3));
         assert_eq!(queue.entries[0].seq, 3, "the oldest");
     }
@@ -298,7 +307,7 @@ mod tests {
     fn the_last_record_overtakes_old_statuses() {
         let mut queue = Queue::default();
         queue.push(warning());
-        (0..MOST_STATUSES).for_each(|_| queue.push(status()));
+        (0..MOST_STATUSES).for_each(|_| assert!(queue.push(status()).is_some()));
         queue.push(warning());
         queue.finish(last());
         let left: Vec<u64> = queue.entries.iter().map(|entry| entry.seq).collect();
@@ -321,7 +330,7 @@ mod tests {
         let (read, write) = io::pipe().unwrap();
         drop(read);
         let (done, written) = mpsc::channel();
-        let records = Records::to(write, move || done.send(()).unwrap()).unwrap();
+        let records = Records::to(json::new_job(), write, move || done.send(()).unwrap()).unwrap();
         records.push(status());
         written.recv_timeout(BOUND).unwrap();
         records.push(status());

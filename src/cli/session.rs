@@ -137,11 +137,12 @@ impl Session {
         let refused = ends.files.refused.clone();
         // A rehearsal is neither a success nor a failure of backups.
         let files = Files { metrics: ends.files.metrics.filter(|_| !view.dry_run), ..ends.files };
-        let signs = files.are_wanted().then(|| Signs::start(files, jobs.len(), display.clone(), served()));
+        let ids: Vec<String> = jobs.iter().map(|_| json::new_job()).collect();
+        let signs = files.are_wanted().then(|| Signs::start(files, &ids, display.clone(), served()));
         let signs = signs.transpose().context("start the thread of the files")?;
         let mut watched = Vec::new();
-        for (place, job) in jobs.iter().enumerate() {
-            let records = lines.clone().map(|lines| Records::to(lines, served())).transpose();
+        for (place, (job, id)) in jobs.iter().zip(ids).enumerate() {
+            let records = lines.clone().map(|lines| Records::to(id, lines, served())).transpose();
             let records = records.context("start a JSON thread")?;
             let outlets = Outlets { records, signs: signs.clone().map(|signs| (signs, place)), is_first: place == 0 };
             watched.push(Watched::start(view, Arc::clone(job), disks.get(place), display.about(name(place)), outlets)?);
@@ -391,11 +392,9 @@ impl Watched {
                 self.failed(&error, self.state_after(undone), undone != Undone::NotInTime, cause)
             }
         };
+        let seq = self.watch.records.as_ref().and_then(|records| records.finish(last.clone()));
         if let Some((signs, place)) = &self.signs {
-            signs.finish(*place, &last, self.run(code));
-        }
-        if let Some(records) = &self.watch.records {
-            records.finish(last);
+            signs.finish(*place, &last, seq, self.run(code));
         }
         self.code = Some(code);
     }

@@ -81,7 +81,7 @@ impl Watch {
 
     fn record(&self, body: impl FnOnce() -> Body) {
         if let Some(records) = &self.records {
-            records.push(body());
+            let _ = records.push(body());
         }
     }
 
@@ -250,11 +250,10 @@ impl Outlets {
     }
 
     fn push(&self, view: &View) {
+        let status = Body::Status(Box::new(status_record(view)));
+        let seq = self.records.as_ref().and_then(|records| records.push(status.clone()));
         if let Some((signs, place)) = &self.signs {
-            signs.status(*place, &Body::Status(Box::new(status_record(view))));
-        }
-        if let Some(records) = &self.records {
-            records.push(Body::Status(Box::new(status_record(view))));
+            signs.status(*place, &status, seq);
         }
     }
 }

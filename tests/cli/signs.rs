@@ -57,6 +57,30 @@ fn of_several_disks_the_status_file_has_a_line_each() {
 }
 
 #[test]
+fn a_disk_that_has_ended_keeps_its_last_record_which_is_the_streams() {
+    let bench = Bench::new();
+    fs::write(bench.path("b.raw"), vec![1; 4096]).unwrap();
+    let mut command = bench.bare();
+    command.args(["--device", "b.raw", "--target", "b.out", "--device", "disk.raw", "--target", "out.raw"]);
+    command.args(["--speed", "128K", "--progress-interval", "0.1", "--json", "--status-file", "status"]);
+    let mut backup = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::null()));
+    let mut seen = Records::of(&mut backup);
+    let last = seen.until(|record| record["message_type"] == "summary");
+    // Time for many more looks at both.
+    for _ in 0..10 {
+        seen.until(|record| record["message_type"] == "status");
+    }
+    let text = fs::read_to_string(bench.path("status")).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for field in ["message_type", "job", "seq", "exit_code"] {
+        assert_eq!(lines[0][field], last[field], "{field}");
+    }
+    assert_eq!(lines[1]["message_type"], "status");
+    assert_ne!(lines[1]["job"], last["job"]);
+    backup.signal(SIGTERM);
+}
+
+#[test]
 fn metrics_are_written_whatever_ends_a_run_and_keep_the_last_success() {
     let bench = Bench::new();
     let run = |flags: &[&str]| {

@@ -2,7 +2,7 @@
 
 use super::front_ends::{self, FrontEnds};
 use super::plan::Plan;
-use crate::cli::json::{Body, Dropped, ExitError, PathName, Ready, ServedDisk, Stopped, Warning};
+use crate::cli::json::{self, Body, Dropped, ExitError, PathName, Ready, ServedDisk, Stopped, Warning};
 use crate::cli::progress::{Display, Row, Style};
 use crate::cli::records::Records;
 use crate::cli::remote::name_of;
@@ -95,7 +95,11 @@ impl Session {
         let row = Row { name: None, job: Arc::new(Job::new(None)) };
         let display =
             Display::start(Style::None, vec![row], ends.people, told()).context("start the display thread")?;
-        let records = ends.json.map(|json| Records::to(json, told())).transpose().context("start the JSON thread")?;
+        let records = ends
+            .json
+            .map(|out| Records::to(json::new_job(), out, told()))
+            .transpose()
+            .context("start the JSON thread")?;
         let untold = 1 + usize::from(records.is_some());
         Ok(Self { display, records, quiet, began: Instant::now(), door: Arc::default(), wake, woken, untold })
     }

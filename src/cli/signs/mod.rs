@@ -49,22 +49,23 @@ struct State {
 
 /// What is known of one disk.
 struct Disk {
+    /// As in the stream of records, if there is one.
     job: String,
-    records: u64,
+    next_seq: u64,
     newest: Vec<u8>,
     ended: Option<Run>,
 }
 
 impl Signs {
-    /// Starts the thread for a run of `disks`. It calls `written` once, when the last of them has ended and that is written.
+    /// Starts the thread for a run of disks with these names of their jobs. It calls `written` once, when the last of them has ended and that is written.
     pub fn start(
         files: Files,
-        disks: usize,
+        jobs: &[String],
         display: Display,
         written: impl FnOnce() + Send + 'static,
     ) -> std::io::Result<Self> {
-        let disk = || Disk { job: json::new_job(), records: 0, newest: Vec::new(), ended: None };
-        let disks = (0..disks).map(|_| disk()).collect();
+        let disk = |job: &String| Disk { job: job.clone(), next_seq: 0, newest: Vec::new(), ended: None };
+        let disks = jobs.iter().map(disk).collect();
         let shared = Arc::new(Shared { state: Mutex::new(State { disks, is_new: false }), wake: Condvar::new() });
         let signs = Self(Arc::clone(&shared));
         let hold = display.hold();
@@ -77,16 +78,16 @@ impl Signs {
         Ok(signs)
     }
 
-    /// How the disk at `place` stands.
-    pub fn status(&self, place: usize, status: &Body) {
-        self.0.state().take(place, status);
+    /// How the disk at `place` stands. `seq` is the record's in the stream, where there is one.
+    pub fn status(&self, place: usize, status: &Body, seq: Option<u64>) {
+        self.0.state().take(place, status, seq);
         self.0.wake.notify_one();
     }
 
     /// How it ended; its last record.
-    pub fn finish(&self, place: usize, last: &Body, run: Run) {
+    pub fn finish(&self, place: usize, last: &Body, seq: Option<u64>, run: Run) {
         let mut state = self.0.state();
-        state.take(place, last);
+        state.take(place, last, seq);
         state.disks[place].ended = Some(run);
         self.0.wake.notify_one();
     }
@@ -109,15 +110,20 @@ impl Shared {
 }
 
 impl State {
-    fn take(&mut self, place: usize, body: &Body) {
+    fn take(&mut self, place: usize, body: &Body, seq: Option<u64>) {
         let disk = &mut self.disks[place];
+        if disk.ended.is_some() {
+            // While others go on it is still looked at.
+            return;
+        }
+        let seq = seq.unwrap_or(disk.next_seq);
         let time = json::time(SystemTime::now());
-        let record = Record { body, schema: SCHEMA, time, job: &disk.job, seq: disk.records };
+        let record = Record { body, schema: SCHEMA, time, job: &disk.job, seq };
         // Numbers and strings always serialize.
         if let Ok(mut line) = serde_json::to_vec(&record) {
             line.push(b'\n');
             disk.newest = line;
-            disk.records += 1;
+            disk.next_seq = seq + 1;
             self.is_new = true;
         }
     }
