@@ -6,7 +6,9 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use support::bytes::{disk, identical, noise, read};
-use support::{LoopDevice, Mount, Running, copy, fingerprint, folder, names, qemu_img, run, text, wait_for};
+use support::{
+    LoopDevice, Mount, Running, copy, fingerprint, folder, names, qemu_img, run, sparse_file, text, wait_for,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -69,6 +71,45 @@ fn an_image_that_a_qemu_writes_is_no_source() {
     let _reader = qemu(&raw, "raw", &["-r"]);
     copy(&raw, &target, &[]).succeeds();
     identical(&raw, &target);
+}
+
+#[test]
+fn a_rehearsal_ends_as_the_backup_would() {
+    let (folder, raw, _) = lab();
+    let (ext4, xfs) = (Mount::fresh("ext4"), Mount::fresh("xfs"));
+    let (kept, cloned, there) = (ext4.join("disk.raw"), xfs.join("disk.raw"), xfs.join("there.raw"));
+    for copy in [&kept, &cloned] {
+        std::fs::copy(&raw, copy).unwrap();
+    }
+    std::fs::write(&there, noise(3, 2 << 20)).unwrap();
+    let image = folder.path().join("filesystem");
+    sparse_file(&image, 8 * MIB);
+    run("mkfs.ext4", &["-q", text(&image)]);
+    let device = LoopDevice::over(&image, &[]);
+    let _mounted = Mount::device(device.path());
+    let _written = [&kept, &cloned].map(|image| qemu(image, "raw", &[]));
+    let (away, beside) = (folder.path().join("new.raw"), xfs.join("new.raw"));
+    for (source, target, flags, code) in [
+        (device.path(), &away, &["--format", "raw"][..], 4),
+        (device.path(), &away, &["--format", "raw", "--allow-inconsistent"], 0),
+        (kept.as_path(), &away, &[], 8),
+        (kept.as_path(), &away, &["--snapshot", "reflink"], 4),
+        (kept.as_path(), &away, &["--allow-inconsistent"], 0),
+        (cloned.as_path(), &away, &[], 0),
+        (cloned.as_path(), &beside, &[], 0),
+        (cloned.as_path(), &there, &["--mode", "existing"], 0),
+        (cloned.as_path(), &away, &["--snapshot", "overlay"], 8),
+        (raw.as_path(), &away, &["--overlay", "/missing", "--writer", "required"], 4),
+    ] {
+        let before = [folder.path(), xfs.path()].map(fingerprint);
+        let rehearsed = copy(source, target, &[flags, &["--dry-run"]].concat());
+        assert!([folder.path(), xfs.path()].map(fingerprint) == before, "{source:?} {flags:?}: touched");
+        let ended = copy(source, target, flags);
+        assert_eq!((rehearsed.code, ended.code), (code, code), "{source:?} {flags:?}: {rehearsed:?} {ended:?}");
+        if code != 0 {
+            assert_eq!(rehearsed.stderr, ended.stderr);
+        }
+    }
 }
 
 #[test]

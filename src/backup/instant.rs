@@ -19,7 +19,7 @@ use crate::image::raw::Raw;
 use crate::image::stability::Fingerprint;
 use crate::job::Job;
 use crate::manifest::Contents;
-use crate::monitor::{Instant, Warning};
+use crate::monitor::{Instant, TargetKind, Warning};
 use crate::ring::folder::{self, Disk};
 use crate::ring::server::{self, Frozen, Writers};
 use crate::sandbox::Reach;
@@ -110,7 +110,7 @@ impl Moment {
         let time = Clocks::now();
         let mut moments = Vec::new();
         for (disk, gathered) in disks.iter().zip(gathered) {
-            moments.push(Self::keep(disk, gathered, time)?);
+            moments.push(Self::keep(disk, gathered, time, disk.destination.clonable())?);
         }
         for (moment, (disk, frozen)) in moments.iter_mut().zip(disks.iter().zip(frozen)) {
             moment.thaw(disk, frozen)?;
@@ -118,8 +118,15 @@ impl Moment {
         Ok(moments)
     }
 
-    /// Everything that keeps the instant, while the writers are still frozen.
-    fn keep(disk: &Ready<'_>, gathered: Gathered, time: Clocks) -> Result<Self> {
+    /// As [`Moment::take_all`] takes it of one disk whose writers are frozen, to be dropped again. Nothing that is there is
+    /// written: a clone is made in a file that is to be removed.
+    pub(super) fn rehearse(disk: &Ready<'_>, gathered: Gathered) -> Result<Self> {
+        let removed = disk.destination.clonable().filter(|_| disk.destination.kind() == TargetKind::File);
+        Self::keep(disk, gathered, Clocks::now(), removed)
+    }
+
+    /// Everything that keeps the instant, while the writers are still frozen. `clonable` may become the clone.
+    fn keep(disk: &Ready<'_>, gathered: Gathered, time: Clocks, clonable: Option<&Raw>) -> Result<Self> {
         let Gathered { writers, cluster_size, warnings } = gathered;
         let properties = disk.destination.image().properties();
         let granule = cluster_size.bytes().max(properties.cluster_size);
@@ -145,7 +152,7 @@ impl Moment {
         let attached = moment.writers.as_ref().map_or(0, |writers| writers.attached());
         // A clone would not tell what its writers overwrite.
         let may_clone = disk.options.snapshot != SnapshotChoice::Overlay && disk.options.sync != SyncMode::None;
-        if may_clone && moment.clone_from(disk)? {
+        if may_clone && moment.clone_from(disk, clonable)? {
             moment.how = Instant::Reflink;
         } else if disk.options.snapshot == SnapshotChoice::Reflink {
             let path = &disk.options.device;
@@ -170,14 +177,13 @@ impl Moment {
     }
 
     /// Of a raw file: one call, atomic against every writer. False where it can't be.
-    fn clone_from(&mut self, disk: &Ready<'_>) -> Result<bool> {
+    fn clone_from(&mut self, disk: &Ready<'_>, clonable: Option<&Raw>) -> Result<bool> {
         let [SourceFile { path, raw, .. }] = disk.origin.files() else { return Ok(false) };
         if disk.origin.format() != Format::Raw || raw.medium() != Medium::File {
             return Ok(false);
         }
         let failed = |e| Error::file(Side::Source, "clone", path, e);
-        if let Some(target) =
-            disk.destination.clonable().filter(|_| disk.options.sparse && !disk.options.proof.needs_bytes())
+        if let Some(target) = clonable.filter(|_| disk.options.sparse && !disk.options.proof.needs_bytes())
             && clone::clone_into(raw.as_file(), target.as_file()).map_err(failed)?
         {
             self.on_target = true;
@@ -255,6 +261,11 @@ impl Moment {
     /// The disk's contents as of the instant, or as they are now and must not change.
     pub fn image(&self) -> &dyn Image {
         self.image.as_ref()
+    }
+
+    /// Those that may be attached.
+    pub(super) fn cooperating(&self) -> Option<&Writers> {
+        self.writers.as_deref()
     }
 
     /// Who holds what.

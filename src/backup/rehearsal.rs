@@ -1,19 +1,18 @@
 //! A backup that stops before its first byte: everything is opened, locked and checked, and what it would take is told.
 
 use super::destination::Destination;
-use super::instant::{Gathered, Ready};
+use super::instant::{Gathered, Moment, Ready};
 use super::options::{Options, OverlayPlace};
 use super::{Disk, Ended, Failure, Summary, TargetState, open_all, refuse_all};
-use crate::error::{Error, Kind, Result, Side};
+use crate::error::{Error, Kind, Result};
 use crate::ground::bitmap::Bitmap;
 use crate::ground::cluster::ClusterSize;
 use crate::ground::range::{Allocation, ByteRange};
 use crate::image::Image;
-use crate::image::lock::{self, Terms};
 use crate::job::Job;
 use crate::monitor::{Event, Rehearsal, TargetKind};
 use crate::publish;
-use crate::ring::server::{Trap, Writers};
+use crate::ring::server::{Frozen, Trap, Writers};
 use crate::snapshot::tracker::FreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,7 +26,8 @@ const READ: Duration = Duration::from_millis(500);
 const STEP: u64 = 1 << 20;
 
 /// Opens and checks disks as [`super::run_all`] does, says what it would take ([`Event::Rehearsed`]), and lets everything go
-/// again. Nothing is written but the empty file beside a new target, which is removed at once. Blocks for some seconds.
+/// again. Nothing is written but the file beside a new target, which is removed at once: empty, or a clone where the file
+/// system makes one. Blocks for some seconds.
 pub fn rehearse_all(disks: &[Disk<'_>], ended: &Ended<'_>) {
     let ended: &Ended<'_> = &|place, result| {
         // As at the end of a backup.
@@ -73,17 +73,7 @@ fn rehearse(disk: &Disk<'_>, ready: &Ready<'_>) -> Result<Rehearsal> {
     // What was found until then is no plan.
     go_on(disk.job)?;
     let data = data.iter().map(|range| range.length).sum();
-    let gathered = Gathered::of(ready)?;
-    let (writers, write_rate) = match &gathered.writers {
-        None => (0, None),
-        Some(writers) => watch(writers, gathered.cluster_size, length, disk.job)?,
-    };
-    if writers == 0 {
-        // Nobody may write it during the copy; let go again at once.
-        for file in origin.files() {
-            lock::acquire(file.raw.as_file(), &file.path, Side::Source, Terms::Read)?;
-        }
-    }
+    let (writers, write_rate) = take_instant(disk, ready)?;
     go_on(disk.job)?;
     let speed = disk.job.speed().map_or(read_speed, |asked| Some(read_speed.map_or(asked, |read| read.min(asked))));
     let duration = speed.filter(|speed| *speed > 0).map(|speed| Duration::from_secs_f64(data as f64 / speed as f64));
@@ -106,6 +96,19 @@ fn rehearse(disk: &Disk<'_>, ready: &Ready<'_>) -> Result<Rehearsal> {
         overlay_free: overlay_free(options),
         overlay_limit: options.overlay_limit,
     })
+}
+
+/// Takes the instant as a backup would, and lets it go again: how many writers there are, and how fast they are.
+fn take_instant(disk: &Disk<'_>, ready: &Ready<'_>) -> Result<(usize, Option<u64>)> {
+    let gathered = Gathered::of(ready)?;
+    let size = gathered.cluster_size;
+    let frozen = gathered.writers.as_ref().map(Writers::freeze).transpose()?;
+    let moment = Moment::rehearse(ready, gathered)?;
+    moment.warnings().for_each(|warning| disk.monitor.event(Event::Warning(warning)));
+    match moment.cooperating().zip(frozen) {
+        Some((writers, frozen)) => watch(writers, frozen, size, ready.origin.length(), disk.job),
+        None => Ok((0, None)),
+    }
 }
 
 fn go_on(job: &Job) -> Result<()> {
@@ -149,15 +152,15 @@ fn read_speed(image: &dyn Image, data: &[ByteRange], job: &Job) -> Option<u64> {
     (read > 0).then(|| (read as f64 / begin.elapsed().as_secs_f64().max(1e-6)) as u64)
 }
 
-/// How many writers there are, and how many bytes a second they make the overlay grow by: each cluster counts once.
-fn watch(writers: &Writers, size: ClusterSize, length: u64, job: &Job) -> Result<(usize, Option<u64>)> {
+/// Lets them go on. How many they are, and how many bytes a second they make the overlay grow by: each cluster counts once.
+fn watch(writers: &Writers, frozen: Frozen, size: ClusterSize, length: u64, job: &Job) -> Result<(usize, Option<u64>)> {
     let attached = writers.attached();
     if attached == 0 {
-        return Ok((0, None));
+        return frozen.release().map(|_| (0, None));
     }
     let counted = Mutex::new(Bitmap::new(size.count(length)));
     let count = Arc::new(Count { map: writers.free_map(), size, counted });
-    writers.freeze()?.thaw(count.clone())?;
+    frozen.thaw(count.clone())?;
     let begin = Instant::now();
     // A cancel is the caller's to notice: first the writers are let go.
     job.sleep(WATCH);

@@ -73,6 +73,19 @@ fn what_a_backup_would_refuse_it_refuses() {
 }
 
 #[test]
+fn of_several_disks_it_names_the_one_at_fault() {
+    let bench = Bench::new();
+    let ends = ["--device", "disk.raw", "--target", "o", "--device", "missing", "--target", "p"];
+    let [real, dry] = [&[][..], &["--dry-run"]].map(|flag| bench.bare().args(ends).args(flag).output().unwrap());
+    assert_eq!((code(real.status), code(dry.status)), (4, 4));
+    let [real, dry] = [real.stderr, dry.stderr].map(|text| String::from_utf8(text).unwrap());
+    let mut lines = [&real, &dry].map(|text| text.lines().collect::<Vec<_>>());
+    lines.iter_mut().for_each(|lines| lines.sort_unstable());
+    assert_eq!(lines[0], lines[1]);
+    assert!(dry.contains("disk.raw: not started, since another disk"), "{dry}");
+}
+
+#[test]
 fn writers_are_counted_and_their_rate_is_measured() {
     let bench = Bench::new();
     let (disk, meet) = (bench.path("disk.raw"), bench.path("meet"));
