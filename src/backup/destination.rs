@@ -222,7 +222,7 @@ impl Destination {
 
     fn new_file(disk: Disk<'_>, path: &Path, origin: &Origin) -> Result<Self> {
         let options = disk.options;
-        let format = options.format.or_else(|| format_of_extension(path)).unwrap_or_else(|| as_source(origin));
+        let format = options.format.or_else(|| Format::of_extension(path)).unwrap_or_else(|| as_source(origin));
         refuse_qcow2_options(options, path, format)?;
         // Of a file system in the old file the new name would be no part.
         identity::refuse_in_use(path, Side::Target)?;
@@ -483,17 +483,13 @@ fn refuse_without_backing(options: &Options, path: &Path, origin: &Origin) -> Re
     let format = match (options.format, options.mode) {
         (Some(format), _) => format,
         (None, Mode::Existing) => format_of_content(&Raw::open(path, Side::Target)?, path)?,
-        (None, Mode::AbsolutePaths) => format_of_extension(path).unwrap_or_else(|| as_source(origin)),
+        (None, Mode::AbsolutePaths) => Format::of_extension(path).unwrap_or_else(|| as_source(origin)),
     };
     match format {
         Format::Qcow2 => Ok(()),
         // QEMU's words.
         _ => Err(Error::new(Kind::Usage, format!("Backing file not supported for file format '{format}'"))),
     }
-}
-
-fn format_of_extension(path: &Path) -> Option<Format> {
-    Format::of_extension(path.extension()?.to_str()?)
 }
 
 /// As the source is, if that can be written.

@@ -116,10 +116,10 @@ pub fn plan(args: RestoreArgs) -> Result<Plan> {
         NewImageMode::AbsolutePaths => Mode::AbsolutePaths,
         NewImageMode::Existing => Mode::Existing,
     };
-    let by_extension = target.extension().is_some_and(|extension| extension == "qcow2");
     let format = match (args.format, mode) {
         (Some(format), _) => Some(format.into()),
-        (None, Mode::AbsolutePaths) if !by_extension => Some(Format::Raw),
+        // Not as the image is: what is restored is a disk.
+        (None, Mode::AbsolutePaths) if Format::of_extension(&target).is_none() => Some(Format::Raw),
         (None, _) => None,
     };
     let secrets = Secrets::read(args.secret.as_ref(), args.target_secret.as_ref())?;

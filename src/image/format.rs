@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Kind};
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 /// How a disk is laid out in a file.
@@ -98,9 +99,9 @@ impl Format {
     /// Those that are read and written here, backing files too.
     pub const OWN: [Self; 2] = [Self::Raw, Self::Qcow2];
 
-    /// What a file name's extension says.
-    pub fn of_extension(extension: &str) -> Option<Self> {
-        Some(match extension {
+    /// What the extension of a file's name says.
+    pub fn of_extension(path: &Path) -> Option<Self> {
+        Some(match path.extension()?.to_str()? {
             "raw" | "img" => Self::Raw,
             "qcow2" => Self::Qcow2,
             "vmdk" => Self::Foreign(Foreign::Vmdk),

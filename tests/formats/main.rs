@@ -192,6 +192,33 @@ fn a_new_target_is_encrypted_and_qemu_opens_it() {
 }
 
 #[test]
+fn a_restore_to_a_new_file_has_the_format_that_its_name_says() {
+    let bench = Bench::new();
+    qemu_img("convert -f raw -O qcow2", &[&bench.at("disk.raw"), &bench.at("disk.qcow2")]);
+    fs::write(bench.at("key"), "hunter2").unwrap();
+    let restore = |target: &str, more: &[&str]| {
+        let arguments = [&["restore", "disk.qcow2", "--target", target], more].concat();
+        Ended::of(command(&arguments).current_dir(bench.folder.path()).output().unwrap())
+    };
+    for (target, format) in [("x.vmdk", "vmdk"), ("x.vhdx", "vhdx"), ("x.vhd", "vpc"), ("x.qcow2", "qcow2")] {
+        restore(target, &[]).succeeds();
+        let compare = format!("compare -f raw -F {format}");
+        let compared = qemu_img(&compare, &[&bench.at("disk.raw"), &bench.at(target)]);
+        assert_eq!(compared, "Images are identical.", "{target}");
+    }
+    for target in ["x.img", "x", "x.backup"] {
+        restore(target, &[]).succeeds();
+        bench.is_disk(target);
+    }
+    restore("x.luks", &[]).fails(2, "'x.luks': luks needs a --secret");
+    assert!(!bench.at("x.luks").exists());
+    restore("x.luks", &["--target-secret", "file:key"]).succeeds();
+    assert!(fs::read(bench.at("x.luks")).unwrap().starts_with(b"LUKS"));
+    bench.copy("x.luks", "back.raw", &["--secret", "file:key"]).succeeds();
+    bench.is_disk("back.raw");
+}
+
+#[test]
 fn without_qemu_nbd_the_package_is_named() {
     let bench = Bench::new();
     qemu_img("convert -f raw -O vhdx", &[&bench.at("disk.raw"), &bench.at("disk.vhdx")]);
