@@ -1,13 +1,14 @@
 //! An environment variable for each option: DRIVE_BACKUP_SPEED for `--speed`, DRIVE_BACKUP_SERVE_NBD for `serve --nbd`.
 
 use super::args::Args;
+use crate::ground::size::parse_rate;
 use clap::builder::{FalseyValueParser, TypedValueParser};
-use clap::{ArgAction, Command, CommandFactory, FromArgMatches};
-use std::ffi::OsString;
+use clap::{Arg, ArgAction, Command, CommandFactory, FromArgMatches};
+use std::ffi::{OsStr, OsString};
 
 const PREFIX: &str = "DRIVE_BACKUP";
 
-/// The definition of the flags, with their variables. One that is empty is as if it were not set.
+/// The definition of the flags, with their variables. One that is empty, or off, is as if it were not set.
 pub fn command() -> Command {
     twinned(Args::command(), PREFIX)
 }
@@ -26,19 +27,34 @@ pub fn value(option: &str) -> Option<OsString> {
 pub fn is_on(verb: Option<&str>, option: &str) -> bool {
     let prefix = verb.map_or_else(|| PREFIX.to_owned(), |verb| variable(PREFIX, verb));
     let said = std::env::var_os(variable(&prefix, option)).unwrap_or_default();
+    is_truthy(&said).unwrap_or(false)
+}
+
+/// Off, no, false and 0 are not; everything else is. `None`: it is no text.
+fn is_truthy(said: &OsStr) -> Option<bool> {
     // It makes no difference of what command it is read.
-    FalseyValueParser::new().parse_ref(&Command::new(PREFIX), None, &said).unwrap_or(false)
+    FalseyValueParser::new().parse_ref(&Command::new(PREFIX), None, said).ok()
+}
+
+/// Whether `said` gives nothing to `arg`: were it given, it would contradict other flags.
+fn is_off(arg: &Arg, said: &OsStr) -> bool {
+    let is_limit = arg.get_default_values() == ["off"];
+    said.is_empty()
+        || (is_flag(arg) && is_truthy(said) == Some(false))
+        || (is_limit && said.to_str().is_some_and(|text| parse_rate(text) == Ok(None)))
+}
+
+fn is_flag(arg: &Arg) -> bool {
+    matches!(arg.get_action(), ArgAction::SetTrue)
 }
 
 fn twinned(command: Command, prefix: &str) -> Command {
     let command = command.mut_args(|arg| {
         let Some(name) = arg.get_long().map(|long| variable(prefix, long)) else { return arg };
-        if std::env::var_os(&name).is_some_and(|value| value.is_empty()) {
+        if std::env::var_os(&name).is_some_and(|value| is_off(&arg, &value)) {
             return arg;
         }
-        // Off, no, false and 0 are; everything else is not.
-        let is_flag = matches!(arg.get_action(), ArgAction::SetTrue);
-        let arg = if is_flag { arg.value_parser(FalseyValueParser::new()) } else { arg };
+        let arg = if is_flag(&arg) { arg.value_parser(FalseyValueParser::new()) } else { arg };
         // Help and manual say the same on every machine.
         arg.env(name).hide_env_values(true)
     });

@@ -57,6 +57,16 @@ fn a_bar_shows_the_copy_and_a_line_its_end() {
 }
 
 #[test]
+fn a_variable_that_says_not_to_be_quiet_hides_no_bar() {
+    let bench = Bench::new();
+    let flags = ["DRIVE_BACKUP_QUIET=0", BINARY, "--device", "disk.raw", "--target", "out.raw", "--speed", "16M"];
+    let mut terminal = on_terminal(&bench, "env", &flags, false);
+    until(&mut terminal, r"\[.*=>.*\].* %, .* of 16\.0 MiB, .*MiB/s");
+    until(&mut terminal, "drive-backup: complete: 16\\.0 MiB");
+    assert!(matches!(wait(&terminal), WaitStatus::Exited(_, 0)));
+}
+
+#[test]
 fn two_bars_show_both_disks_and_draw_no_more_than_one() {
     let bench = Bench::new();
     fs::copy(bench.path("disk.raw"), bench.path("more.raw")).unwrap();

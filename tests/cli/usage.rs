@@ -102,3 +102,30 @@ fn options_may_come_from_the_environment() {
     let help = String::from_utf8(bench.bare().arg("--help").output().unwrap().stdout).unwrap();
     assert!(help.contains("[env: DRIVE_BACKUP_SPEED]") && help.contains("[env: DRIVE_BACKUP_ON_SOURCE_ERROR]"));
 }
+
+#[test]
+fn a_variable_that_is_off_contradicts_no_option() {
+    let bench = Bench::new();
+    let ends_with = |expected: i32, variable: &str, value: &str, options: &[&str]| {
+        let mut command = bench.backup();
+        let output = command.arg("--dry-run").args(options).env(format!("DRIVE_BACKUP_{variable}"), value).output();
+        let output = output.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(code(output.status), expected, "{variable}={value} {options:?}: {said}");
+    };
+    for (variable, value, options) in [
+        ("NO_FSYNC", "0", &["--verify"][..]),
+        ("VERIFY", "no", &["--no-fsync"]),
+        ("QUIET", "False", &["-v"]),
+        ("SPEED", "off", &["--finish-by", "00:00"]),
+        ("SPEED", "0", &["--speed-schedule", "00:00=1G"]),
+        ("SPEED", "unlimited", &["--speed-schedule", "00:00=1G"]),
+    ] {
+        ends_with(0, variable, value, options);
+    }
+    ends_with(2, "NO_FSYNC", "1", &["--verify"]);
+    ends_with(2, "SPEED", "1G", &["--finish-by", "00:00"]);
+    let restore = ["restore", "disk.raw", "--target", "back.raw", "--verify"];
+    let output = bench.bare().args(restore).env("DRIVE_BACKUP_RESTORE_NO_FSYNC", "off").output().unwrap();
+    assert_eq!(code(output.status), 0);
+}
