@@ -2,7 +2,7 @@
 
 use super::Disk;
 #[cfg(feature = "nbd")]
-use super::foreign;
+use super::foreign::{self, Unmade};
 use super::options::{Mode, Options, SyncMode, Target};
 use super::origin::Origin;
 use super::outcome::TargetState;
@@ -23,7 +23,7 @@ use crate::image::open::{SourceOptions, open_backing, open_source};
 use crate::image::probe::{self, probe};
 use crate::image::qcow2::{CreateOptions, ExistingQcow2, NewQcow2};
 #[cfg(feature = "nbd")]
-use crate::image::qemu::Qemu;
+use crate::image::qemu::{Qemu, Remote};
 use crate::image::raw::{Raw, WRITEBACK_STEP};
 use crate::image::stream::Stream;
 use crate::image::target::{InPlace, open_in_place, refuse_other_size};
@@ -59,6 +59,9 @@ pub struct Destination {
     /// To be ended before it is published.
     #[cfg(feature = "nbd")]
     qemu: Option<Arc<Qemu>>,
+    /// Where the image is to be made once the instant is taken.
+    #[cfg(feature = "nbd")]
+    unmade: Option<Remote>,
     _lock: Option<ImageLock>,
 }
 
@@ -77,9 +80,7 @@ impl Destination {
         let destination = opened?;
         match options.restoring.only_changed {
             false => Ok(destination),
-            true if destination.publish.is_none() && destination.kind != TargetKind::Stdout => {
-                Ok(destination.only_changed())
-            }
+            true if destination.is_there() => Ok(destination.only_changed()),
             true => {
                 Err(Error::new(Kind::Usage, "a new file has nothing that could be kept: write into one that is there"))
             }
@@ -96,7 +97,10 @@ impl Destination {
             #[cfg(feature = "nbd")]
             Location::Qemu(remote) => {
                 let (image, format) = foreign::remote(disk, remote, origin.length())?;
-                return Ok(Self::qemu(image, format, TargetKind::Remote, remote.name(), origin));
+                return Ok(match image {
+                    Some(image) => Self::qemu(image, format, TargetKind::Remote, remote.name(), origin),
+                    None => Self::unmade(remote, format, origin),
+                });
             }
         };
         origin.refuse_as_target(path)?;
@@ -126,8 +130,19 @@ impl Destination {
             export: None,
             #[cfg(feature = "nbd")]
             qemu: None,
+            #[cfg(feature = "nbd")]
+            unmade: None,
             _lock: None,
         }
+    }
+
+    /// Whether there is something before the copy.
+    fn is_there(&self) -> bool {
+        #[cfg(feature = "nbd")]
+        let is_unmade = self.unmade.is_some();
+        #[cfg(not(feature = "nbd"))]
+        let is_unmade = false;
+        !is_unmade && self.publish.is_none() && self.kind != TargetKind::Stdout
     }
 
     fn only_changed(self) -> Self {
@@ -197,6 +212,29 @@ impl Destination {
     }
 
     #[cfg(feature = "nbd")]
+    fn unmade(remote: &Remote, format: Format, origin: &Origin) -> Self {
+        let (path, image) = (Some(remote.name().to_owned()), Arc::new(Unmade(origin.length())));
+        Self { format, path, unmade: Some(remote.clone()), ..Self::raw_disk(image, TargetKind::Remote) }
+    }
+
+    /// Makes a new image elsewhere, which could not be taken away again: whatever refuses a backup comes before. Returns
+    /// what the user should know of it. What is there after an error is said beside it.
+    #[cfg(feature = "nbd")]
+    pub fn make(&mut self, disk: Disk<'_>, origin: &Origin) -> Result<Vec<Warning>, (Error, TargetState)> {
+        let Some(remote) = self.unmade.take() else { return Ok(Vec::new()) };
+        let image = foreign::make_remote(disk, &remote, self.format, origin.length())?;
+        let abandoned = image.clone();
+        disk.job.on_abandon(move || abandoned.abandon());
+        (self.image, self.qemu) = (image.clone(), Some(image.clone()));
+        Ok(foreign::rounded(&image, remote.name(), origin.length()).into_iter().collect())
+    }
+
+    #[cfg(not(feature = "nbd"))]
+    pub fn make(&mut self, _: Disk<'_>, _: &Origin) -> Result<Vec<Warning>, (Error, TargetState)> {
+        Ok(Vec::new())
+    }
+
+    #[cfg(feature = "nbd")]
     fn new_foreign(disk: Disk<'_>, path: &Path, format: Foreign, origin: &Origin) -> Result<Self> {
         let publish = Publish::begin(path)?;
         let image = foreign::new_file(disk, format, &publish.partial_path(), path, origin.length())?;
@@ -254,6 +292,8 @@ impl Destination {
             export: None,
             #[cfg(feature = "nbd")]
             qemu: None,
+            #[cfg(feature = "nbd")]
+            unmade: None,
             _lock: lock,
         })
     }

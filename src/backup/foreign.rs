@@ -2,15 +2,18 @@
 
 use super::Disk;
 use super::options::Mode;
+use super::outcome::TargetState;
 use crate::error::{Error, Kind, Result, Side};
-use crate::image::Image;
+use crate::ground::range::{ByteRange, Extent};
 use crate::image::format::{Foreign, Format};
 use crate::image::open::{Source, SourceOptions, open_elsewhere};
 use crate::image::probe;
 use crate::image::qemu::{self, Node, Qemu, Remote, Terms};
 use crate::image::target::{open_in_place, refuse_other_size};
+use crate::image::{Image, Properties};
 use crate::job::Job;
 use crate::monitor::Warning;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -61,8 +64,9 @@ pub fn existing_file(disk: Disk<'_>, format: Foreign, path: &Path, length: u64) 
     Ok(Arc::new(image))
 }
 
-/// An image or a volume elsewhere: with mode `existing` the one that is there, else a new one. It is written in place.
-pub fn remote(disk: Disk<'_>, remote: &Remote, length: u64) -> Result<(Arc<Qemu>, Format)> {
+/// An image or a volume elsewhere, which is written in place: with mode `existing` the one that is there. `None`: a new
+/// one, which is still missing, and for [`make_remote`] to make.
+pub fn remote(disk: Disk<'_>, remote: &Remote, length: u64) -> Result<(Option<Arc<Qemu>>, Format)> {
     let options = disk.options;
     let name = remote.name();
     let refuse = |what: &str| Err(Error::new(Kind::Usage, format!("target '{}' {what}", name.display())));
@@ -79,20 +83,93 @@ pub fn remote(disk: Disk<'_>, remote: &Remote, length: u64) -> Result<(Arc<Qemu>
         Format::Foreign(foreign) => Some(foreign),
     };
     let terms = target_terms(disk, foreign, name)?;
-    let node = Node::Remote { place: remote, format: foreign };
     if options.mode == Mode::AbsolutePaths {
-        // QEMU would truncate what is there: only what is certainly missing is made.
-        match Qemu::open(&Node::Remote { place: remote, format: None }, Terms { secret: None, ..terms }) {
-            Ok(_) => return refuse("exists; to write into it, say --mode existing"),
-            Err(error) if !is_missing(&error, name) => return Err(error),
-            Err(_) => qemu::create(&node, length, &terms)?,
+        refuse_what_is_there(remote, terms)?;
+        return Ok((None, format));
+    }
+    let image = Qemu::open(&Node::Remote { place: remote, format: foreign }, terms)?;
+    refuse_other_size(length, name, image.length())?;
+    Ok((Some(Arc::new(image)), format))
+}
+
+/// Makes what [`remote`] found missing, for a disk of `length` bytes. What is there after an error is said beside it.
+pub fn make_remote(
+    disk: Disk<'_>,
+    remote: &Remote,
+    format: Format,
+    length: u64,
+) -> Result<Arc<Qemu>, (Error, TargetState)> {
+    let untouched = |error| (error, TargetState::Untouched);
+    let incomplete = |error| (error, TargetState::Incomplete);
+    let foreign = if let Format::Foreign(foreign) = format { Some(foreign) } else { None };
+    let terms = target_terms(disk, foreign, remote.name()).map_err(untouched)?;
+    // Somebody may have made it since.
+    refuse_what_is_there(remote, terms).map_err(untouched)?;
+    let node = Node::Remote { place: remote, format: foreign };
+    if let Err(error) = qemu::create(&node, length, &terms) {
+        // It may have failed before it made anything, or after; what can't be seen may be there.
+        let is_made = refuse_what_is_there(remote, terms).is_err();
+        return Err(if is_made { incomplete(error) } else { untouched(error) });
+    }
+    let image = Qemu::open(&node, terms).map_err(incomplete)?;
+    if image.length() < length {
+        refuse_other_size(length, remote.name(), image.length()).map_err(incomplete)?;
+    }
+    Ok(Arc::new(image))
+}
+
+/// QEMU would truncate what is there: only what is certainly missing is made.
+fn refuse_what_is_there(remote: &Remote, terms: Terms<'_>) -> Result<()> {
+    let name = remote.name();
+    match Qemu::open(&Node::Remote { place: remote, format: None }, Terms { secret: None, ..terms }) {
+        Ok(_) => {
+            let what = format!("target '{}' exists; to write into it, say --mode existing", name.display());
+            Err(Error::new(Kind::Usage, what))
         }
+        Err(error) if is_missing(&error, name) => Ok(()),
+        Err(error) => Err(error),
     }
-    let image = Qemu::open(&node, terms)?;
-    if options.mode == Mode::Existing || image.length() < length {
-        refuse_other_size(length, name, image.length())?;
+}
+
+/// Stands for an image of so many bytes until it is made: it takes nothing and gives nothing.
+pub struct Unmade(pub u64);
+
+impl Image for Unmade {
+    fn length(&self) -> u64 {
+        self.0
     }
-    Ok((Arc::new(image), format))
+
+    fn block_status(&self, _range: ByteRange) -> io::Result<Extent> {
+        Err(not_made())
+    }
+
+    fn read_at(&self, _buf: &mut [u8], _offset: u64) -> io::Result<()> {
+        Err(not_made())
+    }
+
+    fn write_at(&self, _buf: &[u8], _offset: u64) -> io::Result<()> {
+        Err(not_made())
+    }
+
+    fn write_zeroes(&self, _range: ByteRange) -> io::Result<()> {
+        Err(not_made())
+    }
+
+    fn discard(&self, _range: ByteRange) -> io::Result<()> {
+        Err(not_made())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Err(not_made())
+    }
+
+    fn properties(&self) -> Properties {
+        Properties { cluster_size: 1, alignment: 1, reads_zero: true, sequential: false }
+    }
+}
+
+fn not_made() -> io::Error {
+    io::Error::other("it is not made yet")
 }
 
 /// The driver says so, and not the system of something here, such as a folder for temporary files.

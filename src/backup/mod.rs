@@ -175,10 +175,12 @@ fn refuse_all(disks: usize, Refusal { culprit, error }: Refusal, ended: &Ended<'
 
 fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary, Failure> {
     let Disk { options, job, monitor } = disk;
-    let Ready { origin, destination, expected, .. } = ready;
+    let Ready { origin, mut destination, expected, .. } = ready;
     let failure = |(error, target)| Failure { error, target };
     moment.warnings().for_each(|warning| monitor.event(Event::Warning(warning)));
     monitor.event(Event::Started(&started(options, &origin, &destination, moment)));
+    let warnings = destination.make(disk, &origin).map_err(failure)?;
+    warnings.iter().for_each(|warning| monitor.event(Event::Warning(warning)));
     if options.sync == SyncMode::None {
         return Err(keep_overwritten(disk, &origin, destination, moment));
     }

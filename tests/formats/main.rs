@@ -305,6 +305,31 @@ fn an_interrupt_ends_the_wait_for_a_tool_that_stands_still() {
 }
 
 #[test]
+fn a_new_image_elsewhere_is_made_when_nothing_can_refuse_it_any_more() {
+    let bench = Bench::new();
+    let made = bench.at("made");
+    tool(&bench, "qemu-nbd", "echo \"Failed to open 'nfs://h/x.raw': NFS3ERR_NOENT\" >&2; exit 1");
+    tool(&bench, "qemu-img", &format!("echo \"$@\" >>{}", text(&made)));
+    let copy = |more: &[&str]| {
+        let mut command = bench.command("disk.raw", "nfs://h/x.raw", more);
+        Ended::of(command.env("PATH", bench.path()).output().unwrap())
+    };
+    let rehearsed = copy(&["--dry-run"]);
+    assert!(rehearsed.code == 0 && rehearsed.stderr.contains("dry run: nothing was copied"), "{rehearsed:?}");
+    copy(&["--snapshot", "reflink"]).fails(4, "can't be cloned here");
+    copy(&["--hook-frozen", "false"]).fails(9, "--hook-frozen");
+    assert!(!made.exists(), "{:?}", fs::read_to_string(&made));
+
+    // It is made, and can't be opened.
+    copy(&[]).fails(5, "'nfs://h/x.raw' is INCOMPLETE, do not use it");
+    assert_eq!(fs::read_to_string(&made).unwrap(), format!("create -q -f raw nfs://h/x.raw {SIZE}\n"));
+    tool(&bench, "qemu-img", "echo 'no room' >&2; exit 1");
+    let ended = copy(&[]);
+    ended.fails(5, "create target 'nfs://h/x.raw': no room");
+    assert!(!ended.stderr.contains("INCOMPLETE"), "{ended:?}");
+}
+
+#[test]
 fn an_image_that_a_qemu_writes_is_busy() {
     let bench = Bench::new();
     qemu_img("convert -f raw -O vdi", &[&bench.at("disk.raw"), &bench.at("disk.vdi")]);

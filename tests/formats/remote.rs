@@ -156,6 +156,10 @@ fn a_disk_is_copied_to_a_machine_behind_ssh_and_back() {
     let ssh = Ssh::start(&bench);
     let place = format!("ssh://root@127.0.0.1:{}{}", ssh.port, text(&bench.at("there.raw")));
     let disk = bench.at("disk.raw");
+    let rehearsed = copy(&bench, text(&disk), &place, &["--dry-run"]);
+    assert_eq!((rehearsed.code, bench.at("there.raw").exists()), (0, false), "{rehearsed:?}");
+    copy(&bench, text(&disk), &place, &["--hook-frozen", "false"]).fails(9, "--hook-frozen");
+    assert!(!bench.at("there.raw").exists());
     copy(&bench, text(&disk), &place, &[]).succeeds();
     bench.is_disk("there.raw");
     copy(&bench, text(&disk), &place, &[]).fails(2, "exists; to write into it, say --mode existing");
