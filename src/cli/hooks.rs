@@ -3,9 +3,10 @@
 use super::args::timeout;
 use super::exit;
 use super::resolve::target_word;
-use crate::backup::{Disk, Failure, Summary, TargetState};
+use crate::backup::{Disk, Failure, Summary, Target, TargetState};
 use crate::error::Result;
 use crate::hook::{Hook, When};
+use crate::image::location::Location;
 use clap::Args;
 use std::time::Duration;
 
@@ -59,9 +60,9 @@ impl Hooks {
     /// For all disks; the first that fails ends it.
     pub fn before(&self, disks: &[Disk<'_>]) -> Result<()> {
         let Some(command) = &self.before else { return Ok(()) };
-        disks.iter().try_for_each(|disk| {
-            about(Hook::new(When::Before, command), disk).run(self.timeout, || disk.job.is_cancelled())
-        })
+        disks
+            .iter()
+            .try_for_each(|disk| of_disk(When::Before, command, disk).run(self.timeout, || disk.job.is_cancelled()))
     }
 
     /// Nothing is left to run once the disks are open.
@@ -74,7 +75,7 @@ impl Hooks {
         match (&result, &self.after, &self.failed) {
             (Ok(summary), Some(command), _) => {
                 let code = if summary.is_whole() { exit::COMPLETE } else { exit::NOT_WHOLE };
-                let hook = about(Hook::new(When::After, command), disk).telling("EXIT_CODE", code.to_string());
+                let hook = of_disk(When::After, command, disk).telling("EXIT_CODE", code.to_string());
                 let hook = hook.telling("BYTES", summary.total.to_string());
                 let ran = hook.run(self.timeout, || disk.job.is_cancelled());
                 ran.map_err(|error| Failure { error, target: TargetState::Complete })?;
@@ -88,7 +89,7 @@ impl Hooks {
     /// Its own failure changes nothing: the error that it tells of is the one to know.
     fn tell_failure(&self, command: &str, disk: &Disk<'_>, Failure { error, target }: &Failure) {
         let (code, reason) = exit::of(error.kind());
-        let hook = about(Hook::new(When::Failed, command), disk).telling("EXIT_CODE", code.to_string());
+        let hook = of_disk(When::Failed, command, disk).telling("EXIT_CODE", code.to_string());
         let hook =
             hook.telling("REASON", reason).telling("MESSAGE", error.to_string()).telling("TARGET_STATE", target.name());
         // Whoever ended the backup does not wait for it.
@@ -96,6 +97,11 @@ impl Hooks {
     }
 }
 
-fn about(hook: Hook, disk: &Disk<'_>) -> Hook {
-    hook.telling("DEVICE", disk.options.device.to_string()).telling("TARGET", target_word(&disk.options.target))
+fn of_disk(when: When, command: &str, disk: &Disk<'_>) -> Hook {
+    about(Hook::new(when, command), &disk.options.device, &disk.options.target)
+}
+
+/// Tells it of both ends, as messages name them: of a path each byte, of a URI no password.
+pub fn about(hook: Hook, device: &Location, target: &Target) -> Hook {
+    hook.telling("DEVICE", device.name()).telling("TARGET", target_word(target))
 }

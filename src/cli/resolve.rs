@@ -3,7 +3,7 @@
 use super::args::{
     Args, CbwPolicy, Compress, ImageFormat, NewImageMode, Policy, Snapshot, Sparse, Speed, WriterPolicy,
 };
-use super::hooks::Hooks;
+use super::hooks::{self, Hooks};
 use super::pairs;
 use super::progress::Style;
 use super::signs::Files;
@@ -110,10 +110,6 @@ fn course(args: &Args) -> Result<Course> {
     })
 }
 
-fn hook_frozen(command: &str, device: &Path, target: &Path) -> Hook {
-    Hook::new(When::Frozen, command).telling("DEVICE", device).telling("TARGET", target)
-}
-
 /// Is it the `-` that means a standard stream?
 pub fn is_dash(path: &Path) -> bool {
     path.as_os_str() == "-"
@@ -141,14 +137,18 @@ impl Secrets {
 
 fn options(args: &Args, secrets: &Secrets, device: &Path, target: &Path) -> Result<Options> {
     let to_stdout = is_dash(target);
+    let device = Location::parse(device)?;
+    let target = if to_stdout { Target::Stdout } else { Target::At(Location::parse(target)?) };
+    let hook_frozen = args.hook_frozen.as_deref().map(|command| Hook::new(When::Frozen, command));
     Ok(Options {
-        device: Location::parse(device)?,
+        hook_frozen: hook_frozen.map(|hook| hooks::about(hook, &device, &target)),
+        device,
         source_format: args.source_format.map(Format::from),
         secret: secrets.source.clone(),
         target_secret: secrets.target.clone(),
         backing: !args.no_backing,
         format: if to_stdout { Some(Format::Raw) } else { args.format.map(Format::from) },
-        target: if to_stdout { Target::Stdout } else { Target::At(Location::parse(target)?) },
+        target,
         mode: match args.mode {
             NewImageMode::AbsolutePaths => Mode::AbsolutePaths,
             NewImageMode::Existing => Mode::Existing,
@@ -176,7 +176,6 @@ fn options(args: &Args, secrets: &Secrets, device: &Path, target: &Path) -> Resu
         },
         overlay: overlay(args.overlay.as_deref()),
         overlay_limit: args.overlay_limit.0,
-        hook_frozen: args.hook_frozen.as_deref().map(|command| hook_frozen(command, device, target)),
         freeze_timeout: args.freeze_timeout,
         cbw_timeout: args.cbw_timeout,
         on_cbw_error: match args.on_cbw_error {
@@ -301,12 +300,12 @@ fn check_stream(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The target as it was given.
-pub fn target_word(target: &Target) -> String {
+/// The target as it was given, but for a password.
+pub fn target_word(target: &Target) -> &Path {
     match target {
-        Target::Stdout => "-".to_owned(),
-        Target::Nowhere => String::new(),
-        Target::At(location) => location.to_string(),
+        Target::Stdout => Path::new("-"),
+        Target::Nowhere => Path::new(""),
+        Target::At(location) => location.name(),
     }
 }
 
@@ -413,6 +412,13 @@ mod tests {
         let (options, Plan { view, .. }) = one("--target - --json");
         assert_eq!((options.target, options.format), (Target::Stdout, Some(Format::Raw)));
         assert_eq!((view.json, view.style), (Some(JsonEnd::Stderr), Style::None));
+    }
+
+    #[test]
+    fn a_hook_is_told_of_a_uri_without_its_password() {
+        let (options, _) = one("--target rbd:p/i:key=hunter2 --hook-frozen c");
+        let hook = Hook::new(When::Frozen, "c").telling("DEVICE", "d").telling("TARGET", "rbd:p/i:key=…");
+        assert_eq!(options.hook_frozen, Some(hook));
     }
 
     #[test]

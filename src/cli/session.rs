@@ -361,7 +361,8 @@ impl Watched {
             fault_lines: AtomicU64::new(0),
         });
         let target = disk.map_or_else(String::new, |disk| target_name(&disk.target));
-        let ends = disk.map_or_else(Default::default, |disk| [disk.device.to_string(), target_word(&disk.target)]);
+        let words = |disk: &Options| [disk.device.to_string(), target_word(&disk.target).display().to_string()];
+        let ends = disk.map_or_else(Default::default, words);
         Ok(Self { job, watch, target, ends, signs, view, began: Instant::now(), status_wanted, code: None })
     }
 

@@ -3,7 +3,9 @@
 use crate::kit::{Bench, Running, code, records, wait_until};
 use drive_backup::writer::Writer;
 use nix::libc::SIGINT;
+use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -31,6 +33,26 @@ fn each_runs_at_its_time_and_is_told_what_it_is_about() {
     let failed = bench.backup().args(ALL).args(["--source-format", "qcow2"]).output().unwrap();
     assert_eq!(code(failed.status), 4);
     assert_eq!(told(&bench), ["before disk.raw out.raw", "failed disk.raw out.raw 4 source"]);
+}
+
+#[test]
+fn each_is_told_a_path_byte_by_byte() {
+    let bench = Bench::new();
+    let name = |text: &[u8]| OsStr::from_bytes(text).to_owned();
+    let (device, target) = (name(b"disk \xff.raw"), name(b"out \xfe.raw"));
+    fs::rename(bench.path("disk.raw"), bench.folder.path().join(&device)).unwrap();
+    let look =
+        "test -e \"$DRIVE_BACKUP_HOOK_DEVICE\" && test \"$DRIVE_BACKUP_HOOK_TARGET\" = \"$(printf 'out \\376.raw')\"";
+    let hooks = ["--hook-before", look, "--hook-frozen", look, "--hook-after", look];
+    let ended = |more: &[&str]| {
+        let mut command = bench.bare();
+        command.arg("--device").arg(&device).arg("--target").arg(&target).args(more);
+        code(command.output().unwrap().status)
+    };
+    assert_eq!(ended(&hooks), 0);
+    let look = format!("{look} && touch told");
+    assert_eq!(ended(&["--source-format", "qcow2", "--hook-failed", &look]), 4);
+    assert!(bench.path("told").exists());
 }
 
 #[test]
