@@ -4,7 +4,7 @@
 //! |---|---|
 //! | before the rename | what was there before, or nothing |
 //! | between the rename and the folder's flush | the old or the new, each of them whole |
-//! | the folder's flush fails | the old again, or nothing, where the file system can exchange two names |
+//! | the folder's flush fails | the old again, or nothing; the new over an old one where names can't be exchanged |
 //!
 //! The file beside it has one fixed name per target, `.NAME.drive-backup-partial`, and is locked while a backup writes
 //! it: a second backup of the same target is refused, and what a killed one left is unlocked and swept by the next.
@@ -160,7 +160,8 @@ impl Publish {
     /// folder are on stable storage afterwards; a flush that failed earlier must not come here. Blocks.
     ///
     /// Returns warnings, one line each. After an error the partial file is gone and the target's name has what it
-    /// had before; the error says so where that is not possible. [`Kind::Cancelled`] when it was removed meanwhile.
+    /// had before; where that is not possible the error says so, and [`Remover::is_removed`] is false.
+    /// [`Kind::Cancelled`] when it was removed meanwhile.
     pub fn commit(self, fsync: bool) -> Result<Vec<String>> {
         let mut warnings = self.take_over_mode().map_err(|e| self.failed("set the mode of", e))?;
         if fsync {
@@ -227,11 +228,13 @@ impl Publish {
     fn take_back(&self, is_exchanged: bool, error: io::Error) -> Error {
         let Place { folder, partial, name, .. } = &*self.place;
         let is_back = if is_exchanged {
-            self.steps.exchange(folder, partial, name).is_ok() && self.steps.unlink(folder, partial).is_ok()
+            let is_back = self.steps.exchange(folder, partial, name).is_ok();
+            // A partial file that stays is swept by the next backup; unless they are exchanged it is the old one.
+            is_back.then(|| self.steps.unlink(folder, partial)).is_some()
         } else {
             self.old.is_none() && self.steps.unlink(folder, name).is_ok()
         };
-        self.place.phase.store(REMOVED, Ordering::Release);
+        self.place.phase.store(if is_back { REMOVED } else { PUBLISHED }, Ordering::Release);
         if is_back {
             return self.failed("flush the folder of", error);
         }

@@ -189,6 +189,18 @@ fn failures_say_what_and_why() {
 }
 
 #[test]
+fn a_new_name_that_may_not_survive_a_crash_is_not_called_removed() {
+    let lab = Lab::new("copy.raw", &[]);
+    lab.reset(true);
+    let options = ["-e", "inject=renameat2:error=EINVAL:when=1", "-e", "inject=fsync:error=EIO"];
+    let ended = watched(&options, &[&lab.out], &lab.arguments()).ended;
+    ended.fails(5, "yet may not survive a crash");
+    ended.fails(5, "is what it was before or the complete copy");
+    assert!(!ended.stderr.contains("removed"), "{ended:?}");
+    lab.holds_the_copy();
+}
+
+#[test]
 fn a_failed_flush_is_not_tried_again() {
     let lab = Lab::new("copy.raw", &[]);
     lab.reset(true);

@@ -451,9 +451,12 @@ impl Destination {
     /// Gives the complete copy its name, and the manifest its own. Returns warnings. What is there after an error is said
     /// beside it.
     pub fn publish(self, fsync: bool) -> Result<Vec<Warning>, (Error, TargetState)> {
-        let state = self.state_if_failed();
         let mut warnings = match self.publish {
-            Some(publish) => publish.commit(fsync).map_err(|error| (error, state))?,
+            Some(publish) => {
+                let remover = publish.remover();
+                let state = || if remover.is_removed() { TargetState::Removed } else { TargetState::OldOrComplete };
+                publish.commit(fsync).map_err(|error| (error, state()))?
+            }
             None => Vec::new(),
         };
         if let Some(manifest) = self.manifest {

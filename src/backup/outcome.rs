@@ -48,7 +48,7 @@ pub enum TargetState {
     KeptBad,
     /// A whole copy: what failed came after it.
     Complete,
-    /// What was there before or the whole copy: nobody could wait for the end of its publishing.
+    /// What was there before or the whole copy: nobody could wait for its end, or a crash may bring the old one back.
     OldOrComplete,
 }
 

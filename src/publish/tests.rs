@@ -26,15 +26,15 @@ fn write_new(publish: &Publish) {
 struct Watched {
     target: PathBuf,
     log: Arc<Mutex<Vec<String>>>,
-    failing: Option<(&'static str, i32)>,
+    failing: Vec<(&'static str, i32)>,
 }
 
 impl Watched {
     fn step(&self, name: &str, what: String) -> io::Result<()> {
         let is_first = !self.log.lock().unwrap().iter().any(|line| line.contains(name));
         self.log.lock().unwrap().push(format!("{}: {name} {what}", content(&self.target)));
-        match self.failing {
-            Some((failing, errno)) if failing == name && is_first => Err(io::Error::from_raw_os_error(errno)),
+        match self.failing.iter().find(|(failing, _)| *failing == name) {
+            Some((_, errno)) if is_first => Err(io::Error::from_raw_os_error(*errno)),
             _ => Ok(()),
         }
     }
@@ -86,9 +86,10 @@ struct Run {
     folder: tempfile::TempDir,
     log: Vec<String>,
     result: Result<Vec<String>>,
+    is_removed: bool,
 }
 
-fn commit(old: Option<&str>, fsync: bool, failing: Option<(&'static str, i32)>) -> Run {
+fn commit(old: Option<&str>, fsync: bool, failing: impl IntoIterator<Item = (&'static str, i32)>) -> Run {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("out");
     if let Some(old) = old {
@@ -96,12 +97,14 @@ fn commit(old: Option<&str>, fsync: bool, failing: Option<(&'static str, i32)>) 
         std::fs::set_permissions(&target, Permissions::from_mode(0o640)).unwrap();
     }
     let log = Arc::default();
+    let failing = failing.into_iter().collect();
     let watched = Watched { target: target.clone(), log: Arc::clone(&log), failing };
     let publish = Publish::begin_with(&target, Box::new(watched)).unwrap();
     write_new(&publish);
+    let remover = publish.remover();
     let result = publish.commit(fsync);
     let log = log.lock().unwrap().clone();
-    Run { folder, log, result }
+    Run { folder, log, result, is_removed: remover.is_removed() }
 }
 
 #[test]
@@ -172,6 +175,21 @@ fn a_file_system_that_exchanges_no_names_renames() {
     assert_eq!(run.log[3..], [format!("old: rename {PARTIAL} out"), "new: sync folder".to_owned()]);
     assert_eq!(run.result.unwrap(), Vec::<String>::new());
     assert_eq!(names(run.folder.path()), ["out"]);
+}
+
+#[test]
+fn what_cannot_be_taken_back_is_said_and_does_not_pass_for_removed() {
+    const EIO: i32 = 5;
+    const EINVAL: i32 = 22;
+    let run = commit(Some("old"), true, [("exchange", EINVAL), ("sync", EIO)]);
+    let error = run.result.unwrap_err().to_string();
+    assert!(error.contains("the new copy is complete under its name, yet may not survive a crash"), "{error}");
+    assert_eq!((content(&run.folder.path().join("out")).as_str(), run.is_removed), ("new", false));
+
+    let run = commit(Some("old"), true, [("sync", EIO), ("unlink", EIO)]);
+    let error = run.result.unwrap_err().to_string();
+    assert!(error.starts_with("flush the folder of target"), "{error}");
+    assert_eq!((content(&run.folder.path().join("out")).as_str(), run.is_removed), ("old", true));
 }
 
 #[test]
