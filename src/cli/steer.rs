@@ -38,16 +38,23 @@ impl Course {
     /// Reads the time of `--finish-by`, as of `now` and in its zone. One in the past is refused.
     pub fn finish_by(text: &str, now: &Zoned, reads_back: bool) -> Result<Self> {
         let refuse = |why: String| Error::new(Kind::Usage, format!("--finish-by {text}: {why}"));
-        let has_date = text.contains('-');
-        let end = if let Some(time) = text.parse::<Time>().ok().filter(|_| !has_date) {
+        let wrong = || {
+            let dated = "a date and time, as 2030-01-31T06:00, which may have a zone";
+            refuse(format!("write a time of day here, as 06:00, or {dated}"))
+        };
+        // The parsers pass over what they have no use for: a date beside a time, a zone beside either.
+        let is_time = text.bytes().all(|byte| byte.is_ascii_digit() || b":.".contains(&byte));
+        let end = if is_time {
+            let time = text.parse::<Time>().map_err(|_| wrong())?;
             let today = now.with().time(time).build().map_err(|error| refuse(error.to_string()))?;
             let tomorrow = || now.tomorrow().and_then(|day| day.with().time(time).build());
             if today > *now { today } else { tomorrow().map_err(|error| refuse(error.to_string()))? }.timestamp()
+        } else if text.contains('[') {
+            text.parse::<Zoned>().map_err(|error| refuse(error.to_string()))?.timestamp()
         } else if let Ok(time) = text.parse::<Timestamp>() {
             time
         } else {
-            let wrong = |_| refuse("write a time of day, as 06:00, or a date and time, as 2030-01-31T06:00".to_owned());
-            let time = text.parse::<DateTime>().map_err(wrong)?;
+            let time = text.parse::<DateTime>().map_err(|_| wrong())?;
             time.to_zoned(now.time_zone().clone()).map_err(|error| refuse(error.to_string()))?.timestamp()
         };
         let is_to_come = end > now.timestamp();
@@ -252,6 +259,10 @@ mod tests {
         assert_eq!(end("2026-11-23T06:00"), "2026-11-23T05:00:00Z");
         assert_eq!(end("2026-11-23 06:00"), "2026-11-23T05:00:00Z");
         assert_eq!(end("2026-11-23T06:00Z"), "2026-11-23T06:00:00Z");
+        assert_eq!(end("2026-11-23T06:00-05:00"), "2026-11-23T11:00:00Z");
+        assert_eq!(end("2026-11-23T07:00[Asia/Tokyo]"), "2026-11-22T22:00:00Z");
+        assert_eq!(end("2026-11-23T07:00+09:00[Asia/Tokyo]"), "2026-11-22T22:00:00Z");
+        assert_eq!(end("20261124T0600"), "2026-11-24T05:00:00Z", "a date without dashes is one");
     }
 
     #[test]
@@ -262,6 +273,11 @@ mod tests {
             ("25:00", "time of day"),
             ("soon", "time of day"),
             ("", "time of day"),
+            ("23:40+09:00", "time of day here"),
+            ("23:40-05:00", "time of day here"),
+            ("23:40[Asia/Tokyo]", "[Asia/Tokyo]"),
+            ("2026-11-23T06:00[Nowhere/Atall]", "Nowhere/Atall"),
+            ("2026-11-23T06:00-05:00[Asia/Tokyo]", "-05:00"),
         ] {
             let error = Course::finish_by(text, &evening(), false).expect_err(text);
             assert_eq!(error.kind(), Kind::Usage);
