@@ -189,6 +189,20 @@ fn failures_say_what_and_why() {
 }
 
 #[test]
+fn a_manifest_that_cannot_be_flushed_fails_before_the_copy_has_its_name() {
+    let mut lab = Lab::new("copy.raw", &[]);
+    lab.reset(true);
+    let manifest = lab.folder.path().join("m.json");
+    lab.flags = vec!["--manifest".to_owned(), text(&manifest).to_owned()];
+    let partial = lab.folder.path().join(".m.json.drive-backup-partial");
+    let watched = watched(&["-e", "inject=fsync:error=EIO:when=1"], &[&partial], &lab.arguments());
+    let why = format!("write manifest '{}': Input/output error; the partial copy was removed", manifest.display());
+    watched.ended.fails(5, &why);
+    lab.is_untouched();
+    assert!(!manifest.exists());
+}
+
+#[test]
 fn a_new_name_that_may_not_survive_a_crash_is_not_called_removed() {
     let lab = Lab::new("copy.raw", &[]);
     lab.reset(true);

@@ -440,12 +440,14 @@ impl Destination {
         Ok(())
     }
 
-    /// Writes the manifest, to be published after the copy.
-    pub fn write_manifest(&self, bytes: &[u8]) -> Result<()> {
+    /// Writes the manifest, to be published after the copy. With `fsync` it is on stable storage afterwards: what can fail
+    /// of it fails before the copy has its name.
+    pub fn write_manifest(&self, bytes: &[u8], fsync: bool) -> Result<()> {
         let Some(publish) = &self.manifest else { return Ok(()) };
         let failed =
             |e| Error::new(Kind::Target, format!("write manifest '{}': {}", publish.target().display(), reason(&e)));
-        publish.file()?.write_all(bytes).map_err(failed)
+        let mut file = publish.file()?;
+        file.write_all(bytes).and_then(|()| if fsync { file.sync_all() } else { Ok(()) }).map_err(failed)
     }
 
     /// Gives the complete copy its name, and the manifest its own. Returns warnings. What is there after an error is said

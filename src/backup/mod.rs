@@ -266,7 +266,7 @@ fn proven_copy(
     }
     if options.proof.manifest.is_some() {
         let story = proof::story(taken, origin, destination, &losses);
-        destination.write_manifest(&proven.manifest(story)?)?;
+        destination.write_manifest(&proven.manifest(story)?, options.fsync)?;
     }
     Ok(Copied { losses, consistent, whole: proven.whole })
 }
