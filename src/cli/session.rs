@@ -497,10 +497,11 @@ impl Watched {
     /// What the target is when the engine can't say it.
     fn state_after(&self, undone: Undone) -> TargetState {
         match self.watch.started.get().map(|started| started.target_kind) {
-            None if undone == Undone::All => TargetState::Untouched,
-            Some(TargetKind::Nowhere) => TargetState::Untouched,
+            // What was begun by then is beside the name.
+            None | Some(TargetKind::Nowhere) => TargetState::Untouched,
             Some(TargetKind::File) if undone == Undone::All => TargetState::Removed,
-            Some(TargetKind::File) if undone == Undone::TooLate => TargetState::OldOrComplete,
+            // It is beside the name still, or has it, whole.
+            Some(TargetKind::File) => TargetState::OldOrComplete,
             _ => TargetState::Incomplete,
         }
     }

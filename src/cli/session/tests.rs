@@ -387,7 +387,7 @@ fn a_second_interrupt_does_not_wait_for_the_grace() {
 
 #[test]
 fn an_undoing_that_hangs_too_is_said_and_left() {
-    let (session, json, _people) = session(view());
+    let (session, json, people) = session(view());
     let wake = session.wake.clone();
     let (sent, at) = mpsc::channel();
     let ending = run_one(session, move |_, job, monitor| {
@@ -400,7 +400,8 @@ fn an_undoing_that_hangs_too_is_said_and_left() {
     let took = at.recv().unwrap().elapsed();
     assert!(took < Duration::from_secs(1), "{took:?}");
     assert!(ending.abandoned);
-    assert_eq!(records(json).pop().unwrap()["target_state"], "incomplete");
+    assert_eq!(records(json).pop().unwrap()["target_state"], "old_or_complete");
+    assert!(text(people).contains("is what it was before or the complete copy"));
 }
 
 #[test]
