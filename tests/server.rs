@@ -9,7 +9,8 @@ use drive_backup::image::Image;
 use drive_backup::image::nbd::{Nbd, Use};
 use drive_backup::nbd::uri::Uri;
 use nix::sys::signal::Signal;
-use std::os::unix::net::UnixDatagram;
+use std::io::{BufRead, BufReader, Write as _};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -228,6 +229,33 @@ fn sigterm_answers_what_is_in_flight_and_keeps_all_that_was_acknowledged() {
             assert!(number >= last, "block {at} says {number}, {last} was acknowledged");
         }
     }
+}
+
+#[test]
+fn quit_twice_ends_a_server_as_once_and_nothing_that_follows_it_is_obeyed() {
+    let lab = Lab::new("qcow2");
+    let (hold, qmp) = (Hold::at("Stopping", lab.folder.path()), lab.path("qmp"));
+    let mut server = Running::start(
+        lab.command().args(["--qmp", &format!("unix:{}", text(&qmp))]).env("DRIVE_BACKUP_HOLD", hold.variable()),
+    );
+    let clients = [(); 2].map(|()| wait_for("the socket", || UnixStream::connect(&qmp).ok()));
+    let disk = lab.client();
+    (0..32).for_each(|at| disk.write_at(&block(at + 1), at * 65536).unwrap());
+    let quit = br#"{"execute":"qmp_capabilities"}{"execute":"quit"}{"execute":"quit"}{"execute":"query-jobs"}"#;
+    (&clients[0]).write_all(quit).unwrap();
+    let held = hold.reached(&mut server);
+    (&clients[1]).write_all(quit).unwrap();
+    let mut second = BufReader::new(&clients[1]);
+    // The greeting, and two answers.
+    (0..3).for_each(|_| assert!(second.read_line(&mut String::new()).unwrap() > 0));
+    drop(held);
+    let ended = server.ended();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert_eq!(record(&ended, "stopped")["signal"], "SIGTERM");
+    let said = std::io::read_to_string(&clients[0]).unwrap();
+    assert_eq!((said.matches("return").count(), said.matches("SHUTDOWN").count()), (2, 1), "{said}");
+    let found = lab.contents(&lab.disk);
+    (0..32).for_each(|at| assert_eq!(number_of(&found[at * 65536..at * 65536 + BLOCK]), at as u64 + 1));
 }
 
 #[test]

@@ -22,10 +22,11 @@ pub fn serve(stream: UnixStream, queue: &Arc<Queue>, shared: &Shared) -> io::Res
         let (stream, queue) = (stream.try_clone()?, Arc::clone(queue));
         thread::Builder::new().name("qmp-write".to_owned()).spawn(move || write(&stream, &queue))?
     };
-    if queue.reply(wire::greeting()) {
-        read(&stream, queue, shared);
+    match queue.reply(wire::greeting()).then(|| read(&stream, queue, shared)) {
+        // It hears of the end that it asked for: who ends closes the queue.
+        Some(Over::Quits) => {}
+        _ => queue.close(),
     }
-    queue.close();
     // It ends within its bound, even when nobody reads.
     let _ = writer.join();
     Ok(())
@@ -40,35 +41,43 @@ fn write(mut stream: &UnixStream, queue: &Queue) {
     let _ = stream.shutdown(Shutdown::Both);
 }
 
-fn read(mut stream: &UnixStream, queue: &Queue, shared: &Shared) {
+/// Why nothing more is taken from a client.
+enum Over {
+    /// It has gone, or has to go.
+    Leaves,
+    /// It asked for the end of everything.
+    Quits,
+}
+
+fn read(mut stream: &UnixStream, queue: &Queue, shared: &Shared) -> Over {
     let mut cutter = Cutter::default();
     let mut negotiated = false;
     let mut buffer = [0; 4096];
     loop {
         let length = match stream.read(&mut buffer) {
-            Ok(0) => return,
+            Ok(0) => return Over::Leaves,
             Ok(length) => length,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => return,
+            Err(_) => return Over::Leaves,
         };
         for byte in &buffer[..length] {
-            let goes_on = match cutter.push(*byte) {
-                None => true,
+            let over = match cutter.push(*byte) {
+                None => None,
                 Some(Piece::Value(text)) => obey(&text, queue, shared, &mut negotiated),
                 Some(Piece::TooMuch(why)) => {
                     let _ = queue.reply(wire::reply(Err(Refusal::generic(why)), None));
-                    false
+                    Some(Over::Leaves)
                 }
             };
-            if !goes_on {
-                return;
+            if let Some(over) = over {
+                return over;
             }
         }
     }
 }
 
-/// False: this client has to go.
-fn obey(text: &[u8], queue: &Queue, shared: &Shared, negotiated: &mut bool) -> bool {
+/// `None`: it may go on.
+fn obey(text: &[u8], queue: &Queue, shared: &Shared, negotiated: &mut bool) -> Option<Over> {
     let Request { id, command } = Request::parse(text);
     queue.owe();
     let quits = command.as_ref().is_ok_and(|(name, _)| name == "quit");
@@ -82,5 +91,9 @@ fn obey(text: &[u8], queue: &Queue, shared: &Shared, negotiated: &mut bool) -> b
         // After the reply: events come only then.
         queue.listen();
     }
-    fits
+    match (fits, quits) {
+        (false, _) => Some(Over::Leaves),
+        (true, true) => Some(Over::Quits),
+        (true, false) => None,
+    }
 }

@@ -18,6 +18,7 @@ use crate::ring::folder;
 use crate::serve::disk::Disk;
 use crate::serve::{Notice, Notify};
 use anyhow::Context;
+use signal_hook::consts::SIGTERM;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,6 +41,8 @@ enum Wake {
     Ready(Box<Served>),
     Notice(Notice),
     Signal(i32),
+    /// A client of QMP wants it to end.
+    Quit,
     /// Stopped and flushed, or not, or never served; true: every request was answered.
     Stopped(Result<bool>),
     /// A reader has got everything, or is gone.
@@ -124,12 +127,18 @@ impl Session {
     }
 
     /// Serves until something ends it.
-    pub fn run(mut self, plan: Plan) -> Ending {
+    pub fn run(self, plan: Plan) -> Ending {
         if let Err(error) = self.open(plan) {
             return self.refuse(&error);
         }
+        self.supervise()
+    }
+
+    fn supervise(mut self) -> Ending {
         let mut served = None;
         let mut cause = None;
+        // Only a second signal has no patience: a fault or `quit` before the first one is no reason to lose what was answered.
+        let mut signalled = false;
         loop {
             match (self.woken.recv(), cause) {
                 (Ok(Wake::Ready(ready)), None) => {
@@ -146,13 +155,21 @@ impl Session {
                 }
                 (Ok(Wake::Notice(Notice::Failed(error))), Some(_)) => self.warn(&error.to_string()),
                 // Nobody was let in yet, or whoever asks has no patience.
-                (Ok(Wake::Signal(signal)), before) if before.is_some() || self.door.take() => {
-                    return self.cut(signal, before.is_some());
+                (Ok(Wake::Signal(signal)), before) if signalled || before.is_none() && self.door.take() => {
+                    return self.cut(signal, signalled);
                 }
-                (Ok(Wake::Signal(signal)), _) => {
-                    cause = Some((Cause::Signal(signal), exit::COMPLETE));
+                (Ok(Wake::Signal(signal)), before) => {
+                    signalled = true;
+                    if before.is_none() {
+                        cause = Some((Cause::Signal(signal), exit::COMPLETE));
+                        self.begin_to_end(served.take());
+                    }
+                }
+                (Ok(Wake::Quit), None) => {
+                    cause = Some((Cause::Signal(SIGTERM), exit::COMPLETE));
                     self.begin_to_end(served.take());
                 }
+                (Ok(Wake::Quit), Some(_)) => {}
                 (Ok(Wake::Stopped(stopped)), cause) => return self.stopped(stopped, cause),
                 (Ok(Wake::Told), _) => self.untold = self.untold.saturating_sub(1),
                 (Err(_), _) => return Ending::with_code(exit::OTHER),
@@ -164,7 +181,7 @@ impl Session {
     fn open(&self, plan: Plan) -> Result<()> {
         let (wake, told) = (self.wake.clone(), self.wake.clone());
         let quitting = self.wake.clone();
-        let quit = move || drop(quitting.send(Wake::Signal(signal_hook::consts::SIGTERM)));
+        let quit = move || drop(quitting.send(Wake::Quit));
         let notify: Notify = Arc::new(move |notice| drop(told.send(Wake::Notice(notice))));
         let door = self.door.clone();
         self.work("open", move || {
@@ -395,3 +412,6 @@ impl Served {
         flush(&self.disks).map(|()| drained)
     }
 }
+
+#[cfg(test)]
+mod tests;
