@@ -36,6 +36,8 @@ const PREFERRED: u32 = 4096;
 const MAXIMUM: u32 = 32 << 20;
 /// Bytes of zeroes that are written at once where there is no other way.
 const ZEROES: u64 = 1 << 20;
+/// Bytes that are zeroed or discarded in one bracket, and a multiple of what any image calls a cluster.
+const STRETCH: u64 = 32 << 20;
 
 /// How to open a disk for serving.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -285,13 +287,11 @@ impl Disk {
     /// Makes `range` read as zeroes. Without `may_unmap` its space stays, or becomes, allocated. Blocks.
     pub fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> io::Result<()> {
         self.check(range, Errno::NOSPC)?;
-        let Some(_bracket) = self.change(range)? else { return Ok(()) };
-        let _turn = self.refuse_zeroed_header(range)?;
-        match &self.raw {
-            _ if may_unmap => self.image.write_zeroes(range),
-            Some(raw) => raw.write_zeroes_allocated(range),
-            None => self.write_zero_bytes(range),
-        }
+        self.in_stretches(range, |stretch| match &self.raw {
+            _ if may_unmap => self.image.write_zeroes(stretch),
+            Some(raw) => raw.write_zeroes_allocated(stretch),
+            None => self.write_zero_bytes(stretch),
+        })
     }
 
     /// [`Disk::write_zeroes`] where that takes no bytes; else ENOTSUP, and nothing has changed but parts of `range` to zeroes.
@@ -308,9 +308,7 @@ impl Disk {
     /// `range` is no longer needed; what it reads as afterwards is undefined. Blocks.
     pub fn discard(&self, range: ByteRange) -> io::Result<()> {
         self.check(range, Errno::INVAL)?;
-        let Some(_bracket) = self.change(range)? else { return Ok(()) };
-        let _turn = self.refuse_zeroed_header(range)?;
-        self.image.discard(range)
+        self.in_stretches(range, |stretch| self.image.discard(stretch))
     }
 
     /// Every write that has returned is on stable storage afterwards. Blocks. A failure is final: the next one fails, too.
@@ -342,6 +340,20 @@ impl Disk {
             return Ok(None);
         }
         self.writer.as_ref().map(|writer| writer.begin(range.offset, range.length)).transpose().map(Some)
+    }
+
+    /// Makes a range of any length zeroes or unneeded, each stretch in a bracket of its own: a backup that freezes waits for the
+    /// stretch alone. No protocol promises that so long a change is atomic.
+    fn in_stretches(&self, range: ByteRange, change: impl Fn(ByteRange) -> io::Result<()>) -> io::Result<()> {
+        let mut rest = range;
+        loop {
+            // They meet where clusters do, so that none is changed by halves.
+            let stretch = rest.prefix(STRETCH - rest.offset % STRETCH);
+            let Some(_bracket) = self.change(stretch)? else { return Ok(()) };
+            let _turn = self.refuse_zeroed_header(stretch)?;
+            change(stretch)?;
+            rest = ByteRange::between(stretch.end(), rest.end());
+        }
     }
 
     /// See the module. Writes of the first sector take turns until the guard is dropped: two halves of a header must not pass.

@@ -1,7 +1,12 @@
 use super::*;
+use crate::ground::cluster::ClusterSize;
 use crate::ground::range::Allocation;
 use crate::image::fixture::{LoopDevice, Mount, run, sparse_file, text};
+use crate::ring::server::{OnCbwError, Options, Writers};
 use std::os::unix::fs::MetadataExt;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 fn options(folder: &TempDir, path: &Path) -> DiskOptions {
@@ -195,4 +200,101 @@ fn zeroes_without_holes_keep_their_space() {
     let mut bytes = [1; 65536];
     disk.read(&mut bytes, 0).unwrap();
     assert_eq!(bytes, [0; 65536]);
+}
+
+/// An image that takes zeroes and discards, tells of each, and waits to be allowed it.
+struct Told {
+    tell: Sender<ByteRange>,
+    allowed: Mutex<Receiver<()>>,
+}
+
+impl Told {
+    fn change(&self, range: ByteRange) -> io::Result<()> {
+        self.tell.send(range).unwrap();
+        self.allowed.lock().unwrap().recv_timeout(HANGS).map_err(io::Error::other)
+    }
+}
+
+impl Image for Told {
+    fn length(&self) -> u64 {
+        4 * STRETCH
+    }
+
+    fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
+        Ok(Extent::data(range))
+    }
+
+    fn read_at(&self, buf: &mut [u8], _: u64) -> io::Result<()> {
+        buf.fill(0);
+        Ok(())
+    }
+
+    fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+        unreachable!("nobody writes")
+    }
+
+    fn write_zeroes(&self, range: ByteRange) -> io::Result<()> {
+        self.change(range)
+    }
+
+    fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.change(range)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn properties(&self) -> Properties {
+        Properties { cluster_size: 1, alignment: 1, reads_zero: false, sequential: false }
+    }
+}
+
+/// No event takes longer.
+const HANGS: Duration = Duration::from_secs(20);
+
+/// Freezes in the midst of a long `change`: the backup waits for what is done just now, and the change for the backup.
+fn freezes_between_stretches(change: impl Fn(&Disk, ByteRange) -> io::Result<()> + Sync) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.raw");
+    sparse_file(&path, 4 * STRETCH);
+    let (tell, told) = channel();
+    let (allow, allowed) = channel();
+    let image = Arc::new(Told { tell, allowed: Mutex::new(allowed) });
+    let disk = Disk { image, ..Disk::open(&options(&folder, &path)).unwrap() };
+    let terms = Options {
+        length: 4 * STRETCH,
+        cluster_size: ClusterSize::new(4096),
+        freeze_timeout: HANGS,
+        cbw_timeout: HANGS,
+        on_cbw_error: OnCbwError::BreakSnapshot,
+        threads: 1,
+    };
+    let writers = Writers::attach(folder::Disk::at(&path).unwrap(), &folder.path().join("writers"), terms).unwrap();
+    let range = ByteRange::between(STRETCH - 100, 2 * STRETCH + 100);
+    thread::scope(|scope| {
+        let changed = scope.spawn(|| change(&disk, range));
+        assert_eq!(told.recv_timeout(HANGS).unwrap(), ByteRange::between(range.offset, STRETCH));
+        let frozen = scope.spawn(|| writers.freeze());
+        let since = Instant::now();
+        while !disk.would_wait(range) {
+            assert!(since.elapsed() < HANGS, "it does not freeze");
+            thread::yield_now();
+        }
+        allow.send(()).unwrap();
+        let frozen = frozen.join().unwrap().unwrap();
+        assert!(told.try_recv().is_err(), "it goes on while it is frozen");
+        frozen.release().unwrap();
+        for rest in [ByteRange::between(STRETCH, 2 * STRETCH), ByteRange::between(2 * STRETCH, range.end())] {
+            assert_eq!(told.recv_timeout(HANGS).unwrap(), rest);
+            allow.send(()).unwrap();
+        }
+        changed.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_backup_waits_for_a_stretch_of_zeroes_or_of_a_discard_and_not_for_all() {
+    freezes_between_stretches(|disk, range| disk.write_zeroes(range, true));
+    freezes_between_stretches(|disk, range| disk.discard(range));
 }
