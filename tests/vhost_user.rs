@@ -14,6 +14,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
+use support::hold::Hold;
 use support::{Running, command, folder, text, wait_for};
 use tempfile::TempDir;
 
@@ -32,11 +33,17 @@ struct Served {
 
 impl Served {
     fn start() -> Self {
-        let folder = folder();
+        Self::start_in(folder(), None)
+    }
+
+    fn start_in(folder: TempDir, hold: Option<&Hold>) -> Self {
         std::fs::write(folder.path().join("disk.raw"), vec![b'd'; LENGTH]).unwrap();
         let [disk, socket, writers] = ["disk.raw", "socket", "writers"].map(|name| folder.path().join(name));
         let mut serve = command(&["serve", "--device", text(&disk), "--format", "raw", "--vhost-user", text(&socket)]);
         let said = File::create(folder.path().join("said")).unwrap();
+        if let Some(hold) = hold {
+            serve.env("DRIVE_BACKUP_HOLD", hold.variable());
+        }
         let server = Running::start(serve.args(["--writer-dir", text(&writers)]).stderr(said));
         let served = Self { folder, server };
         served.says("ready: ");
@@ -144,6 +151,29 @@ fn a_write_that_waits_for_a_backup_keeps_nobody_waiting() {
     assert!((0..8).all(|slot| frontend.status(0, slot) == 0));
     assert_eq!(backup.ended().code, 0);
     assert_eq!((served.byte_at("disk.raw", LAST), served.byte_at("copy.raw", LAST)), (0, b'd'));
+}
+
+#[test]
+fn memory_that_is_added_while_a_queue_is_busy_is_known_to_the_next_request() {
+    let folder = folder();
+    let hold = Hold::at("Writing", folder.path());
+    let mut served = Served::start_in(folder, Some(&hold));
+    let mut frontend = served.connect(1);
+    frontend.submit(0, 0, OUT, LAST, 4096, true);
+    let held = hold.reached(&mut served.server);
+    let added = frontend.add_memory(1 << 20).unwrap();
+    added.write_all_at(&[b'n'; 4096], 8192).unwrap();
+    frontend.submit_at(0, 1, IN, 8, (MEMORY, 4096), false);
+    frontend.submit_at(0, 2, OUT, 16, (MEMORY + 8192, 4096), true);
+    drop(held);
+    let mut done = Vec::new();
+    while done.len() < 3 {
+        done.extend(frontend.wait(0));
+    }
+    assert_eq!([0, 1, 2].map(|slot| frontend.status(0, slot)), [0; 3]);
+    let mut read = [0; 4096];
+    added.read_exact_at(&mut read, 0).unwrap();
+    assert_eq!((read, served.byte_at("disk.raw", 16)), ([b'd'; 4096], b'n'));
 }
 
 #[test]

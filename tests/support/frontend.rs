@@ -41,9 +41,13 @@ pub const GET_PROTOCOL_FEATURES: u32 = 15;
 pub const SET_PROTOCOL_FEATURES: u32 = 16;
 pub const SET_VRING_ENABLE: u32 = 18;
 pub const GET_CONFIG: u32 = 24;
+pub const ADD_MEM_REG: u32 = 37;
 
-/// Protocol features that are used where they are there: MQ, CONFIG.
-const PROTOCOL: u64 = 1 | 1 << 9;
+/// Protocol features that are used where they are there: MQ, REPLY_ACK, CONFIG, CONFIGURE_MEM_SLOTS.
+const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 15;
+/// Of a message: its protocol's version; it is to be acknowledged.
+const VERSION: u32 = 1;
+const NEED_REPLY: u32 = 1 << 3;
 /// Features: indirect descriptors are not used, event indices are; version 1, the protocol features, flush.
 const FEATURES: u64 = 1 << 9 | 1 << 29 | 1 << 30 | 1 << 32;
 
@@ -111,7 +115,11 @@ impl Frontend {
 
     /// A message as it is.
     pub fn send(&mut self, request: u32, payload: &[u8], fd: Option<BorrowedFd>) -> io::Result<()> {
-        let header = [request, 1, payload.len() as u32].map(u32::to_le_bytes).concat();
+        self.send_with(VERSION, request, payload, fd)
+    }
+
+    fn send_with(&mut self, flags: u32, request: u32, payload: &[u8], fd: Option<BorrowedFd>) -> io::Result<()> {
+        let header = [request, flags, payload.len() as u32].map(u32::to_le_bytes).concat();
         let message = [&header, payload].concat();
         let fds: Vec<_> = fd.iter().map(|fd| fd.as_raw_fd()).collect();
         let rights: &[ControlMessage] = if fds.is_empty() { &[] } else { &[ControlMessage::ScmRights(&fds)] };
@@ -119,6 +127,16 @@ impl Frontend {
             sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(&message)], rights, MsgFlags::MSG_NOSIGNAL, None)?;
         assert_eq!(sent, message.len());
         Ok(())
+    }
+
+    /// Adds a region of memory behind all that there is, and waits until the device has it; the region's file.
+    pub fn add_memory(&mut self, length: u64) -> io::Result<File> {
+        let file = File::from(memfd_create(c"more", MFdFlags::MFD_CLOEXEC)?);
+        file.set_len(length)?;
+        let region = words(&[0, MEMORY, length, OURS + MEMORY, 0]);
+        self.send_with(VERSION | NEED_REPLY, ADD_MEM_REG, &region, Some(file.as_fd()))?;
+        assert_eq!(self.receive()?, words(&[0]));
+        Ok(file)
     }
 
     pub fn send_u64(&mut self, request: u32, value: u64) -> io::Result<()> {
@@ -181,13 +199,18 @@ impl Frontend {
 
     /// Makes a request of a slot that is free available; `length` bytes of the slot's data are `input`, else the answer.
     pub fn submit(&mut self, queue: usize, slot: u16, kind: u32, sector: u64, length: u32, input: bool) {
+        self.submit_at(queue, slot, kind, sector, (Self::data(queue, slot), length), input);
+    }
+
+    /// The same with data anywhere.
+    pub fn submit_at(&mut self, queue: usize, slot: u16, kind: u32, sector: u64, data: (u64, u32), input: bool) {
         let (header, first) = (Self::header(queue, slot), slot * 3);
         self.put(header, kind);
         self.put(header + 8, sector);
         self.put(header + 32, 0xFF_u8);
         self.describe(queue, first, (header, 16, 1, first + 1));
         let flags = if input { 1 } else { 3 };
-        self.describe(queue, first + 1, (Self::data(queue, slot), length, flags, first + 2));
+        self.describe(queue, first + 1, (data.0, data.1, flags, first + 2));
         self.describe(queue, first + 2, (header + 32, 1, 2, 0));
         self.offer(queue, first);
     }

@@ -78,6 +78,7 @@ struct Taken {
     /// There is more behind it.
     more: bool,
     size: u16,
+    memory: Arc<Memory>,
 }
 
 impl Lane {
@@ -159,11 +160,10 @@ impl Service {
             if vring.disable_notification().is_err() {
                 return;
             }
-            let memory = memory.memory().into_inner();
             let mut untold = 0;
             let is_closed = loop {
-                match self.take(lane, vring, &memory) {
-                    Ok(Some(taken)) => self.dispatch(lane, vring, taken, &memory, pool, &mut untold),
+                match self.take(lane, vring, memory) {
+                    Ok(Some(taken)) => self.dispatch(lane, vring, taken, pool, &mut untold),
                     Ok(None) => break false,
                     Err(Closed) => break true,
                 }
@@ -179,42 +179,43 @@ impl Service {
         }
     }
 
-    fn take(&self, lane: usize, vring: &Vring, memory: &Arc<Memory>) -> Result<Option<Taken>, Closed> {
+    fn take(&self, lane: usize, vring: &Vring, memory: &SharedMemory) -> Result<Option<Taken>, Closed> {
         let mut state = vring.get_mut();
         if self.stopping.load(SeqCst) || !state.is_enabled() {
             return Err(Closed);
         }
         let queue = state.get_queue_mut();
+        if !queue.ready() {
+            return Err(Closed);
+        }
+        let available = queue.avail_idx(memory.memory().deref(), SeqCst).map_err(|_| Closed)?;
+        if available.0 == queue.next_avail() {
+            return Ok(None);
+        }
+        // Not before: what is available may be in memory that the frontend added only just now.
+        let memory = memory.memory().into_inner();
         // Also: its index makes no sense.
         let chain = queue.iter(memory.deref()).map_err(|_| Closed)?.next();
         let Some(chain) = chain else { return Ok(None) };
         let head = chain.head_index();
-        let request = Request::parse(chain, memory);
+        let request = Request::parse(chain, &memory);
         let more = queue.avail_idx(memory.deref(), SeqCst).is_ok_and(|index| index.0 != queue.next_avail());
         // While the queue is locked: whoever stops it waits for this one too.
         *self.lanes[lane].lock() += 1;
-        Ok(Some(Taken { head, request, more, size: queue.size() }))
+        Ok(Some(Taken { head, request, more, size: queue.size(), memory }))
     }
 
-    fn dispatch(
-        &self,
-        lane: usize,
-        vring: &Vring,
-        taken: Taken,
-        memory: &Arc<Memory>,
-        pool: &Pool<Errand>,
-        untold: &mut u32,
-    ) {
-        let Taken { head, request, more, size } = taken;
+    fn dispatch(&self, lane: usize, vring: &Vring, taken: Taken, pool: &Pool<Errand>, untold: &mut u32) {
+        let Taken { head, request, more, size, memory } = taken;
         let Ok(request) = request else { return self.answer(lane, vring, head, 0, true) };
         let mine = &self.lanes[lane];
         let in_flight = *mine.lock();
-        let change = changes(&request, memory);
+        let change = changes(&request, &memory);
         let waits = change.is_some_and(|range| self.disk.would_wait(range));
         let others = in_flight > 1;
         let is_shared =
             change.is_none() && request.length() >= LONG && (more || others) && in_flight <= self.processors;
-        let mut errand = Errand { lane, vring: vring.clone(), head, request, memory: memory.clone() };
+        let mut errand = Errand { lane, vring: vring.clone(), head, request, memory };
         if waits || mine.is_slow() {
             tell_of(untold, vring);
         }
