@@ -174,6 +174,11 @@ impl<W: Wire> Connection<W> {
 
     /// The first reason counts. A broken connection is hung up at once, so that nobody goes on sending.
     fn finish(&self, end: End) {
+        let end = match end {
+            // It was we who ended it in the middle of a request; those before it are answered.
+            End::Broken(error) if error.kind() == io::ErrorKind::UnexpectedEof && self.is_draining() => End::Bye,
+            other => other,
+        };
         let broken = matches!(end, End::Broken(_));
         self.lock().end.get_or_insert(end);
         self.turned.notify_all();
@@ -318,8 +323,12 @@ impl<W: Wire> Connection<W> {
         }
     }
 
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
     fn legal(&self, request: &Request) -> Result<(), super::request::Refusal> {
-        if self.draining.load(Ordering::Relaxed) {
+        if self.is_draining() {
             return Err((ErrorValue::Shutdown, "the server is going down"));
         }
         self.session.check(request)

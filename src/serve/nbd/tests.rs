@@ -360,6 +360,24 @@ fn a_connection_ends_after_the_last_of_its_threads() {
 }
 
 #[test]
+fn half_a_request_when_the_server_goes_down_does_not_cost_the_replies_of_others() {
+    let (memory, draining) = (Memory::new(), Arc::new(AtomicBool::new(false)));
+    memory.set_shut(true);
+    let (client, ended, _watch) = served(session(disk(memory.clone(), false), false), &draining);
+    client.write_all(&with_payload(request(command::WRITE, 1, 0, 512))).unwrap();
+    client.write_all(&with_payload(request(command::WRITE, 2, 512, 512))).unwrap();
+    assert_eq!(reply(&client), SimpleReply { error: 0, cookie: 2 });
+    client.write_all(&with_payload(request(command::WRITE, 3, 1024, 512))[..100]).unwrap();
+    draining.store(true, Ordering::SeqCst);
+    // What the server does to its own end looks the same from there.
+    rustix::net::shutdown(&client, rustix::net::Shutdown::Write).unwrap();
+    assert!(ended.recv_timeout(Duration::from_millis(50)).is_err());
+    memory.set_shut(false);
+    assert_eq!(reply(&client), SimpleReply { error: 0, cookie: 1 });
+    assert!(matches!(ended.recv_timeout(HANGS).unwrap(), End::Bye));
+}
+
+#[test]
 fn a_client_that_vanishes_leaves_what_it_had_sent() {
     let memory = Memory::new();
     memory.set_shut(true);
