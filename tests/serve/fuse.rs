@@ -90,6 +90,7 @@ fn what_nobody_would_see_is_refused() {
     assert_eq!(file.write_at(&[1; 9], MIB - 4).unwrap(), 4, "a short write ends at the end");
     assert_eq!(file.read_at(&mut [0; 9], MIB - 4).unwrap(), 4);
     assert_eq!(file.read_at(&mut [0; 9], MIB).unwrap(), 0);
+    assert_eq!(file.read_at(&mut [0; 9], MIB + 5000).unwrap(), 0);
     assert_eq!(errno(OpenOptions::new().write(true).truncate(true).open(served.path())), Some(libc::EPERM));
     assert_eq!(served.path().metadata().unwrap().len(), MIB);
 }
@@ -122,6 +123,9 @@ fn holes_are_punched_zeroed_and_found() {
     assert!(found[65536 + (1 << 20)..2 << 20] == noise(2, 2 << 20)[65536 + (1 << 20)..]);
     // Over the end: only what is there.
     fallocate(&file, punch | keep, 7 * MIB as i64, 9 * MIB as i64).unwrap();
+    fallocate(&file, punch | keep, 9 * MIB as i64, MIB as i64).unwrap();
+    fallocate(&file, zero | keep, 9 * MIB as i64, MIB as i64).unwrap();
+    assert_eq!(fallocate(&file, zero, 9 * MIB as i64, MIB as i64), Err(nix::errno::Errno::EFBIG));
     assert_eq!(fallocate(&file, FallocateFlags::empty(), 0, MIB as i64), Err(nix::errno::Errno::EOPNOTSUPP));
     assert_eq!(served.path().metadata().unwrap().blocks(), allocated());
 }

@@ -79,7 +79,9 @@ impl File {
 
     fn allocate(&self, offset: u64, length: u64, mode: i32) -> Result<(ByteRange, bool), Errno> {
         let range = ByteRange::checked(offset, length).ok_or(Errno::EFBIG)?;
-        let inside = range.intersect(ByteRange::new(0, self.disk.length()));
+        let length = self.disk.length();
+        // Behind the end there is nothing to change, and that is no error.
+        let inside = ByteRange::between(offset.min(length), range.end().min(length));
         let keeps_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
         match mode & !libc::FALLOC_FL_KEEP_SIZE {
             libc::FALLOC_FL_PUNCH_HOLE if keeps_size => Ok((inside, true)),
@@ -182,6 +184,10 @@ impl Filesystem for File {
         let Some(_turn) = self.work.begin() else { return reply.error(Errno::ESHUTDOWN) };
         let inside = self.disk.length().saturating_sub(offset).min(size.into()) as usize;
         BUFFER.with_borrow_mut(|buffer| {
+            // At the end, and behind it, too.
+            if inside == 0 {
+                return reply.data(&[]);
+            }
             if buffer.len() < inside {
                 buffer.resize(inside, 0);
             }
