@@ -144,7 +144,7 @@ fn look(peers: &mut [Peer], wanted: Option<&str>) -> Vec<Found> {
         for shown in jobs.as_array().into_iter().flatten() {
             let id = shown["device"].as_str().unwrap_or_default().to_owned();
             let disks = disks.as_array().into_iter().flatten();
-            let disk = disks.into_iter().find(|disk| disk["device"] == *id);
+            let disk = disks.into_iter().find(|disk| disk["device"] == shown["disk"]);
             let disk = disk.and_then(|disk| disk["inserted"]["file"].as_str()).unwrap_or_default().to_owned();
             let is_wanted = wanted.is_none_or(|wanted| wanted == id || is_path(wanted, &disk));
             if is_wanted {

@@ -260,7 +260,7 @@ impl Entry {
             _ => "ok",
         };
         let mut shown = json!({
-            "type": "backup", "device": self.new.id, "len": now.total, "offset": now.done(),
+            "type": "backup", "device": self.new.id, "disk": self.new.device, "len": now.total, "offset": now.done(),
             "busy": status == Status::Running, "paused": !is_over && now.paused.is_some(),
             "speed": now.speed_limit.unwrap_or(0), "io-status": io_status, "ready": false, "status": status.name(),
             "auto-finalize": self.new.auto_finalize, "auto-dismiss": self.new.auto_dismiss,

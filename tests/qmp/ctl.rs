@@ -43,6 +43,38 @@ fn a_plain_run_is_found_watched_and_steered() {
     assert_eq!((nothing.code, nothing.stdout.len(), &*nothing.stderr), (0, 0, "drive-backup: no job runs\n"));
 }
 
+#[test]
+fn a_path_names_the_job_of_its_disk_whatever_the_jobs_are_called() {
+    let bench = Bench::new();
+    for disk in ["a.raw", "b.raw"] {
+        fs::copy(bench.path("disk.raw"), bench.path(disk)).unwrap();
+    }
+    let server = bench.serve_disks(&["d0=a.raw", "d1=b.raw"], &[]);
+    let mut client = Client::connect(&bench.path("qmp"));
+    let mut start = |device: &str, id: &str| {
+        let target = bench.path(&format!("{device}.copy"));
+        let more = json!({"device": device, "job-id": id, "target": text(&target)});
+        client.does("drive-backup", bench.backup(&more));
+    };
+    // Called like the other disk, and like none.
+    start("d0", "d1");
+    start("d1", "nightly");
+    let ctl = |path: &str, verb: &str| {
+        let (folder, disk) = (bench.path("w"), bench.path(path));
+        drive_backup(&["ctl", "--writer-dir", text(&folder), "--job", text(&disk), verb])
+    };
+    ctl("b.raw", "pause").succeeds();
+    ctl("a.raw", "cancel").succeeds();
+    client.until_event("BLOCK_JOB_CANCELLED");
+    let job = wait_for("the other", || Some(client.job()).filter(|job| job["device"] == "nightly"));
+    assert_eq!((&job["disk"], &job["paused"]), (&"d1".into(), &true.into()));
+    let shown = ctl("b.raw", "status").succeeds().stdout.clone();
+    let shown = String::from_utf8(shown).unwrap();
+    assert!(shown.starts_with("nightly: paused") && shown.trim_end().ends_with(text(&bench.path("b.raw"))), "{shown}");
+    client.ask("quit", json!({}));
+    assert_eq!(server.ended().code, 0);
+}
+
 /// A run over `device`, of which QMP clients hear.
 fn run_of(bench: &Bench, device: &str, more: &[&str]) -> Running {
     let (device, target, folder, qmp) = (bench.path(device), bench.path("t.raw"), bench.path("w"), bench.unix("qmp"));
