@@ -21,6 +21,7 @@ use tempfile::TempDir;
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
+const WRITE_ZEROES: u32 = 13;
 /// Bytes of the disk, all of them data.
 const LENGTH: usize = 4 << 20;
 /// A sector that a slow copy comes to last.
@@ -134,9 +135,14 @@ fn a_write_that_waits_for_a_backup_keeps_nobody_waiting() {
     let mut frontend = served.connect(1);
     let backup = served.stopped_backup();
     // No more than the pool has threads.
-    for slot in 0..8 {
+    for slot in 0..7 {
         frontend.submit(0, slot, OUT, LAST - 8 * u64::from(slot), 4096, true);
     }
+    // Of its ranges the first has been copied.
+    let ranges = [0, LAST - 8 * 7].map(|sector| [sector.to_le_bytes(), 8_u64.to_le_bytes()].concat()).concat();
+    let data = vm_memory::GuestAddress(Frontend::data(0, 7));
+    vm_memory::Bytes::write_slice(&frontend.memory, &ranges, data).unwrap();
+    frontend.submit(0, 7, WRITE_ZEROES, 0, ranges.len() as u32, true);
     for _ in 0..100 {
         frontend.submit(0, 8, IN, LAST, 4096, false);
         assert_eq!(frontend.wait(0), [8]);

@@ -76,17 +76,17 @@ pub fn perform(disk: &Disk, request: &Request, memory: &Memory, through: bool) -
     done.err().unwrap_or(Status::Ok)
 }
 
-/// What a request would change first; `None`: nothing.
-pub fn changes(request: &Request, memory: &Memory) -> Option<ByteRange> {
-    let (sector, length) = match request.operation {
-        Operation::Write => (request.sector, request.input.length()),
+/// What a request would change, as far as it makes sense.
+pub fn changes(request: &Request, memory: &Memory) -> Vec<ByteRange> {
+    let range = |sector: u64, length| ByteRange::checked(sector.checked_mul(SECTOR)?, length);
+    match request.operation {
+        Operation::Write => range(request.sector, request.input.length()).into_iter().collect(),
         Operation::Discard | Operation::WriteZeroes => {
-            let range = ranges(request, memory).ok()?.into_iter().next()?;
-            (range.sector, u64::from(range.sectors) * SECTOR)
+            let ranges = ranges(request, memory).unwrap_or_default();
+            ranges.iter().filter_map(|asked| range(asked.sector, u64::from(asked.sectors) * SECTOR)).collect()
         }
-        _ => return None,
-    };
-    ByteRange::checked(sector.checked_mul(SECTOR)?, length)
+        _ => Vec::new(),
+    }
 }
 
 /// Where `length` bytes from `sector` on are, if they are on the disk and whole sectors.

@@ -15,6 +15,7 @@ use super::perform::{changes, perform};
 use super::pool::Pool;
 use super::request::{Malformed, Memory, Request};
 use super::vring::{SharedMemory, Vring};
+use crate::ground::range::ByteRange;
 use crate::serve::disk::Disk;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
@@ -210,11 +211,11 @@ impl Service {
         let Ok(request) = request else { return self.answer(lane, vring, head, 0, true) };
         let mine = &self.lanes[lane];
         let in_flight = *mine.lock();
-        let change = changes(&request, &memory);
-        let waits = change.is_some_and(|range| self.disk.would_wait(range));
+        let changed = changes(&request, &memory);
+        let waits = self.would_wait(&changed);
         let others = in_flight > 1;
         let is_shared =
-            change.is_none() && request.length() >= LONG && (more || others) && in_flight <= self.processors;
+            changed.is_empty() && request.length() >= LONG && (more || others) && in_flight <= self.processors;
         let mut errand = Errand { lane, vring: vring.clone(), head, request, memory };
         if waits || mine.is_slow() {
             tell_of(untold, vring);
@@ -234,9 +235,13 @@ impl Service {
         }
     }
 
+    fn would_wait(&self, changed: &[ByteRange]) -> bool {
+        changed.iter().any(|range| self.disk.would_wait(*range))
+    }
+
     /// Does a request and answers it.
     pub fn errand(&self, errand: Errand) {
-        let waits = changes(&errand.request, &errand.memory).is_some_and(|range| self.disk.would_wait(range));
+        let waits = self.would_wait(&changes(&errand.request, &errand.memory));
         self.run(errand, !waits, true);
     }
 
