@@ -225,17 +225,22 @@ impl<W: Wire> Connection<W> {
         }
     }
 
-    /// Waits until the bytes of a long request fit; a short one costs nothing.
-    fn permit(&self, bytes: usize) -> Option<Permit<'_, W>> {
+    /// Waits until the bytes of a long request fit; a short one costs nothing. Nobody waits for `replies` meanwhile.
+    fn permit(&self, bytes: usize, replies: &mut Replies) -> Result<Option<Permit<'_, W>>, End> {
         if bytes <= AHEAD {
-            return None;
+            return Ok(None);
         }
         let mut state = self.lock();
+        if state.budget < bytes {
+            drop(state);
+            self.send(replies)?;
+            state = self.lock();
+        }
         while state.budget < bytes {
             state = self.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.budget -= bytes;
-        Some(Permit { connection: self, bytes })
+        Ok(Some(Permit { connection: self, bytes }))
     }
 
     /// Sends replies. Nobody else sends meanwhile.
@@ -285,7 +290,7 @@ impl<W: Wire> Connection<W> {
         let answered = if request.command == command::READ { request.length as usize } else { 0 };
         let legal = self.legal(request);
         let bytes = if legal.is_ok() { payload + answered } else { payload };
-        let permit = self.permit(bytes);
+        let permit = self.permit(bytes, &mut turn.replies)?;
         let at = turn.input.payload(&self.wire, payload, &mut own.payload).map_err(End::Broken)?;
         if let Err((error, why)) = legal {
             turn.replies.failed(request, error, why);

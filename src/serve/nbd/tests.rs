@@ -40,7 +40,11 @@ struct Memory {
 
 impl Memory {
     fn new() -> Arc<Self> {
-        let bytes = Mutex::new(vec![0; LENGTH as usize]);
+        Self::of(LENGTH)
+    }
+
+    fn of(length: u64) -> Arc<Self> {
+        let bytes = Mutex::new(vec![0; length as usize]);
         Arc::new(Self { bytes, shut: Mutex::new(false), opened: Condvar::new() })
     }
 
@@ -52,7 +56,7 @@ impl Memory {
 
 impl Image for Memory {
     fn length(&self) -> u64 {
-        LENGTH
+        self.bytes.lock().unwrap().len() as u64
     }
 
     fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
@@ -319,6 +323,24 @@ fn a_request_that_waits_does_not_stop_the_next() {
 fn a_request_that_was_taken_for_short_does_not_stop_the_next() {
     let memory = Memory::new();
     second_overtakes_first(Arc::new(Plain(memory.clone(), tempfile::tempfile().unwrap())), &memory);
+}
+
+#[test]
+fn replies_do_not_wait_for_the_budget_of_a_long_request() {
+    let longest = 32 << 20;
+    let memory = Memory::of(longest.into());
+    memory.set_shut(true);
+    let (client, _ended, _watch) = served(session(disk(memory.clone(), false), false), &Arc::default());
+    // Two of them are all that may be in flight.
+    (1..3).for_each(|cookie| client.write_all(&with_payload(request(command::WRITE, cookie, 0, longest))).unwrap());
+    // In one piece, so that the second is there when the first is answered.
+    let refused = request(command::READ, 3, u64::from(longest), 1);
+    client.write_all(&[refused.encode(), request(command::READ, 4, 0, longest).encode()].concat()).unwrap();
+    assert_eq!(reply(&client), SimpleReply { error: 22, cookie: 3 });
+    memory.set_shut(false);
+    let mut answered = [(); 2].map(|()| reply(&client).cookie);
+    answered.sort_unstable();
+    assert_eq!((answered, reply(&client)), ([1, 2], SimpleReply { error: 0, cookie: 4 }));
 }
 
 #[test]
