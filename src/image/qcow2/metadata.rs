@@ -166,7 +166,7 @@ impl Metadata {
         let is_leaving = !self.leaving_sealed.is_empty();
         self.break_seal();
         self.counts.write_blocks()?;
-        if is_leaving || self.counts.is_table_dirty() || self.l2.is_dirty() || !self.l1_dirty.is_empty() {
+        if is_leaving || self.counts.is_table_due() || self.l2.is_dirty() || !self.l1_dirty.is_empty() {
             self.sync()?;
         }
         self.commit_refcount_table()?;
@@ -191,7 +191,7 @@ impl Metadata {
     /// storage, as must all data, before [`Metadata::write_tables`]. False: there is nothing more to do than that.
     pub fn seal(&mut self) -> io::Result<bool> {
         self.check()?;
-        if self.counts.is_table_dirty() || self.counts.has_moved() {
+        if self.counts.is_table_due() {
             // Once in a gigabyte or so of new space.
             self.commit()?;
             return Ok(false);
@@ -270,7 +270,8 @@ impl Metadata {
     }
 
     fn commit_refcount_table(&mut self) -> io::Result<()> {
-        if !self.counts.is_table_dirty() {
+        // Written, and the header that names it not: that header is due as well.
+        if !self.counts.is_table_due() {
             return Ok(());
         }
         let moved = self.counts.write_table()?;

@@ -128,9 +128,9 @@ impl Refcounts {
         }
     }
 
-    /// The table, which names blocks, is not in the file yet.
-    pub fn is_table_dirty(&self) -> bool {
-        !self.table_dirty.is_empty()
+    /// The table, which names blocks, or the header, which names the table, is not in the file yet.
+    pub fn is_table_due(&self) -> bool {
+        !self.table_dirty.is_empty() || self.has_moved()
     }
 
     /// The table has a place that the header does not name yet; it must, before anything is allocated.

@@ -536,25 +536,50 @@ fn space_is_released_only_when_the_tables_that_let_go_are_on_stable_storage() {
     assert!(matches!(log[..], [Operation::Flush, Operation::Write { .. }]), "{log:?}");
 }
 
+/// Clusters that were written and not flushed.
+fn unflushed() -> Bench {
+    let mut bench = Bench::new(Shape { base: Base::Compressed, ..PLAIN });
+    bench.write(ByteRange::new(0, 1 << 20), 3);
+    bench
+}
+
+/// Likewise, and the refcount table has moved, and the header names its old place.
+fn outgrown() -> Bench {
+    // With 64 bits for each count, one cluster of table counts so much file.
+    const COUNTED: u64 = 2 << 20;
+    let shape = Shape { cluster_bits: 9, options: "refcount_bits=64", base: Base::Empty, length: COUNTED };
+    let mut bench = Bench::new(shape);
+    let mut at = COUNTED / 16 * 15;
+    bench.write(ByteRange::new(0, at), 3);
+    bench.image.flush().unwrap();
+    while bench.disk.length() <= COUNTED {
+        bench.write(ByteRange::new(at, 512), at);
+        at += 512;
+    }
+    bench
+}
+
 #[test]
 fn a_metadata_write_that_fails_is_repeated_by_the_next_flush() {
-    let operations = {
-        let mut bench = Bench::new(Shape { base: Base::Compressed, ..PLAIN });
-        bench.write(ByteRange::new(0, 1 << 20), 3);
-        let before = bench.disk.log().len();
-        bench.image.flush().unwrap();
-        bench.disk.log()[before..].to_vec()
-    };
-    assert!(operations.len() >= 5, "{operations:?}");
-    for (later, operation) in operations.iter().enumerate() {
-        let mut bench = Bench::new(Shape { base: Base::Compressed, ..PLAIN });
-        bench.write(ByteRange::new(0, 1 << 20), 3);
-        bench.disk.fail_from(Some(bench.disk.log().len() + later));
-        bench.image.flush().unwrap_err();
-        bench.disk.fail_from(None);
-        match operation {
-            Operation::Write { .. } => bench.judge(),
-            Operation::Flush => assert!(bench.image.flush().is_err()),
+    for (begin, moves) in [(unflushed as fn() -> Bench, false), (outgrown, true)] {
+        let operations = {
+            let bench = begin();
+            let before = bench.disk.log().len();
+            bench.image.flush().unwrap();
+            bench.disk.log()[before..].to_vec()
+        };
+        assert!(operations.len() >= 5, "{operations:?}");
+        let names_table = |operation: &Operation| matches!(operation, Operation::Write { offset: 48, .. });
+        assert_eq!(operations.iter().any(names_table), moves);
+        for (later, operation) in operations.iter().enumerate() {
+            let bench = begin();
+            bench.disk.fail_from(Some(bench.disk.log().len() + later));
+            bench.image.flush().unwrap_err();
+            bench.disk.fail_from(None);
+            match operation {
+                Operation::Write { .. } => bench.judge(),
+                Operation::Flush => assert!(bench.image.flush().is_err()),
+            }
         }
     }
 }
