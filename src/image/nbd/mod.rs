@@ -17,7 +17,7 @@ use crate::nbd::stream::Stream;
 use crate::nbd::tls::ClientTls;
 use crate::nbd::uri::{Address, Uri};
 use connection::{Ask, Connection, Fault};
-use extents::Extents;
+use extents::{Answer, Extents};
 use nix::libc;
 use pool::Pool;
 use std::io;
@@ -148,12 +148,15 @@ impl Nbd {
         }
         let asked = self.around(ByteRange::new(range.offset, STATUS_RANGE.min(self.length() - range.offset)));
         let mut told = Vec::new();
+        let state = self.extents.state();
         self.pool.run(|connection| {
             told.clear();
             connection.ask(Ask::Status(&mut told), asked.offset, asked.length)
         })?;
-        self.extents.keep(asked.offset, self.length(), &told);
-        Ok(self.extents.find(range).unwrap_or(Extent::data(range)))
+        let answer = Answer::new(asked.offset, self.length(), &told);
+        let found = answer.find(range).unwrap_or(Extent::data(range));
+        self.extents.keep(state, answer);
+        Ok(found)
     }
 
     /// Whether a flush means something to the server.
@@ -182,13 +185,23 @@ impl Nbd {
 
     fn write_blocks(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let kept = || self.keeps().then(|| Change::Bytes(offset, Arc::new(buf.to_vec())));
-        self.pool.change(kept, |connection| connection.ask(Ask::Write(buf), offset, buf.len() as u64))?;
-        self.make_room()
+        self.change(kept, |connection| connection.ask(Ask::Write(buf), offset, buf.len() as u64))
     }
 
     fn zero_blocks(&self, range: ByteRange) -> io::Result<()> {
         let kept = || self.keeps().then_some(Change::Zeroes(range));
-        self.pool.change(kept, |connection| zeroes(connection, range))?;
+        self.change(kept, |connection| zeroes(connection, range))
+    }
+
+    fn change(
+        &self,
+        kept: impl FnOnce() -> Option<Change>,
+        work: impl FnMut(&Connection) -> Result<(), Fault>,
+    ) -> io::Result<()> {
+        let changed = self.pool.change(kept, work);
+        // One that failed may have been done all the same.
+        self.extents.forget();
+        changed?;
         self.make_room()
     }
 
@@ -302,7 +315,9 @@ impl Image for Nbd {
         }
         let whole = ByteRange::between(start, end);
         // What it reads as is undefined, so that there is nothing to write again.
-        self.pool.run(|connection| connection.ask(Ask::Plain(command::TRIM), whole.offset, whole.length))
+        let trimmed = self.pool.run(|connection| connection.ask(Ask::Plain(command::TRIM), whole.offset, whole.length));
+        self.extents.forget();
+        trimmed
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -388,7 +388,6 @@ fn slow_to_flush(begun: mpsc::Sender<()>, let_go: mpsc::Receiver<()>) -> impl Fn
 
 #[test]
 fn nobody_waits_for_a_slow_flush_while_there_is_room() {
-    const BOUND: Duration = Duration::from_secs(20);
     let ((begun, flushes), (let_go, held)) = (mpsc::channel(), mpsc::channel());
     let terms = Terms { reconnect: BOUND, patience: BOUND, ..terms() };
     let nbd = client_with(terms, Side::Target, slow_to_flush(begun, held)).unwrap();
@@ -410,6 +409,56 @@ fn nobody_waits_for_a_slow_flush_while_there_is_room() {
     });
     drop(let_go);
     nbd.flush().unwrap();
+}
+
+const BOUND: Duration = Duration::from_secs(20);
+
+/// Says that all is data once something was written, and zero before; its second answer is told of and waits for
+/// `let_go`.
+fn slow_to_say(begun: mpsc::Sender<()>, let_go: mpsc::Receiver<()>) -> impl Fn(usize, Peer) + Send + Sync {
+    let (ends, is_written, answers) = (Mutex::new((begun, let_go)), AtomicBool::new(false), AtomicUsize::new(0));
+    move |_, mut peer| {
+        peer.shake_hands(FLAGS | transmission::CAN_MULTI_CONN | transmission::SEND_TRIM);
+        while let Some((request, _)) = peer.request() {
+            if request.command != command::BLOCK_STATUS {
+                is_written.store(request.command == command::WRITE, Relaxed);
+                peer.simple(request.cookie, 0);
+                continue;
+            }
+            let answer: &[u8] = match is_written.load(Relaxed) {
+                true => b"\0\0\0\x07\0\x80\0\0\0\0\0\0",
+                false => b"\0\0\0\x07\0\x80\0\0\0\0\0\x03",
+            };
+            if answers.fetch_add(1, Relaxed) == 1 {
+                let ends = ends.lock().unwrap();
+                let _ = ends.0.send(());
+                let _ = ends.1.recv();
+            }
+            peer.chunk(request.cookie, chunk::BLOCK_STATUS, chunk::DONE, answer);
+        }
+    }
+}
+
+#[test]
+fn what_a_server_said_of_a_range_does_not_outlive_a_change() {
+    let ((begun, asked), (let_go, held)) = (mpsc::channel(), mpsc::channel());
+    let terms = Terms { connect: BOUND, patience: BOUND, reconnect: BOUND };
+    let nbd = client_with(terms, Side::Target, slow_to_say(begun, held)).unwrap();
+    let all = ByteRange::new(0, LENGTH);
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| nbd.block_status(all).unwrap());
+        asked.recv_timeout(BOUND).expect("nothing is known before");
+        nbd.write_at(&[1; 4096], 0).unwrap();
+        let_go.send(()).unwrap();
+        assert_eq!(asking.join().unwrap(), Extent::zero(all), "it was so when it was asked");
+    });
+    assert_eq!(nbd.block_status(all).unwrap(), Extent::data(all));
+    nbd.discard(all).unwrap();
+    assert_eq!(nbd.block_status(all).unwrap(), Extent::zero(all));
+    nbd.write_at(&[1; 4096], 0).unwrap();
+    assert_eq!(nbd.block_status(all).unwrap(), Extent::data(all));
+    nbd.write_zeroes(all).unwrap();
+    assert_eq!(nbd.block_status(all).unwrap(), Extent::zero(all));
 }
 
 proptest! {
