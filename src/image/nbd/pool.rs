@@ -46,14 +46,20 @@ pub struct Pool {
     /// Since when nothing has been answered.
     outage: Mutex<Option<Instant>>,
     unflushed: Mutex<Unflushed>,
-    /// Only one writes again what may be lost: another one could do so after newer changes.
-    restoring: Mutex<()>,
+    /// Of a target: one at a time begins an epoch.
+    beginning: Mutex<()>,
 }
 
 #[derive(Default)]
 struct Slot {
     connection: Mutex<Option<Arc<Connection>>>,
     busy: AtomicUsize,
+}
+
+impl Slot {
+    fn place(&self) -> MutexGuard<'_, Option<Arc<Connection>>> {
+        self.connection.lock().expect("nothing panics under this lock")
+    }
 }
 
 /// A connection while it is used.
@@ -69,16 +75,15 @@ impl Drop for Lease<'_> {
 }
 
 impl Pool {
-    /// Connects once. Blocks for the terms' connect time at most.
+    /// Connects: to a source once, to a target as often as it ever will. Blocks for the terms' connect time at most,
+    /// and for that of the connections after the first.
     pub fn open(dial: Dial, ask: handshake::Ask, terms: Terms, is_target: bool) -> io::Result<Self> {
         let first = Connection::begin(dial(terms.connect)?, &ask, terms.patience)?;
         let export = *first.export();
         let count = if export.has(transmission::CAN_MULTI_CONN) { CONNECTIONS } else { 1 };
         let slots: Vec<Slot> = (0..count).map(|_| Slot::default()).collect();
-        *slots[0].connection.lock().expect("new") = Some(Arc::new(first));
-        let unflushed = Mutex::new(Unflushed::new());
         let usable = AtomicUsize::new(count);
-        Ok(Self {
+        let pool = Self {
             dial,
             ask,
             terms,
@@ -87,9 +92,12 @@ impl Pool {
             slots,
             usable,
             outage: Mutex::default(),
-            unflushed,
-            restoring: Mutex::default(),
-        })
+            unflushed: Mutex::default(),
+            beginning: Mutex::default(),
+        };
+        let connections = if is_target { pool.with_others(first)? } else { vec![first] };
+        pool.publish(connections, 0);
+        Ok(pool)
     }
 
     /// The export.
@@ -178,8 +186,11 @@ impl Pool {
         self.unflushed.lock().expect("nothing panics under this lock")
     }
 
-    /// The least busy connection; a new one where all are busy and the server may take more.
+    /// The least busy connection; to a source a new one where all are busy and the server may take more.
     fn lease(&self) -> Result<Lease<'_>, Unreachable> {
+        if self.is_target {
+            self.begin_epoch()?;
+        }
         let usable = &self.slots[..self.usable.load(Relaxed)];
         let (index, slot) = usable
             .iter()
@@ -187,7 +198,7 @@ impl Pool {
             .min_by_key(|(_, slot)| slot.busy.load(Relaxed))
             .expect("the first one is always usable");
         match self.lease_of(slot, if index == 0 { self.terms.connect } else { EXTRA_TIMEOUT }) {
-            Err(Unreachable::Now(_)) if index > 0 => {
+            Err(Unreachable::Now(_)) if index > 0 && !self.is_target => {
                 self.usable.fetch_min(index, Relaxed);
                 self.lease_of(&self.slots[0], self.terms.connect)
             }
@@ -208,15 +219,24 @@ impl Pool {
     }
 
     fn connected(&self, slot: &Slot, timeout: Duration) -> Result<Arc<Connection>, Unreachable> {
-        let mut place = slot.connection.lock().expect("nothing panics under this lock");
+        let mut place = slot.place();
         let epoch = self.unflushed().epoch;
         if let Some(connection) = place.as_ref().filter(|connection| connection.epoch == epoch) {
             return Ok(connection.clone());
         }
+        if self.is_target {
+            return Err(Unreachable::Now(io::Error::other("the connection was lost again")));
+        }
+        let connection = Arc::new(self.dialled(timeout)?);
+        *place = Some(connection.clone());
+        Ok(connection)
+    }
+
+    /// A new connection to the same export.
+    fn dialled(&self, timeout: Duration) -> Result<Connection, Unreachable> {
         let stream = (self.dial)(timeout).map_err(Unreachable::Now)?;
         let ask = handshake::Ask { timeout, ..self.ask.clone() };
-        let mut connection = Connection::begin(stream, &ask, self.terms.patience).map_err(Unreachable::Now)?;
-        connection.epoch = epoch;
+        let connection = Connection::begin(stream, &ask, self.terms.patience).map_err(Unreachable::Now)?;
         let (found, known) = (connection.export(), &self.export);
         if (found.length, found.minimum) != (known.length, known.minimum)
             || found.flags & known.flags & !transmission::CAN_MULTI_CONN != known.flags & !transmission::CAN_MULTI_CONN
@@ -224,25 +244,51 @@ impl Pool {
             let what = format!("after a reconnect the export is another one, of {} bytes", found.length);
             return Err(Unreachable::Final(io::Error::new(io::ErrorKind::InvalidData, what)));
         }
-        if self.is_target {
-            self.restore(&connection)?;
-        }
-        let connection = Arc::new(connection);
-        *place = Some(connection.clone());
         Ok(connection)
     }
 
-    /// Writes again what the server may have lost, before anybody goes on.
-    fn restore(&self, connection: &Connection) -> Result<(), Unreachable> {
-        let _one = self.restoring.lock().expect("nothing panics under this lock");
-        let changes = {
-            let unflushed = self.unflushed();
-            if unflushed.is_restored && unflushed.epoch == connection.epoch {
-                return Ok(());
+    /// Connects to a target's server, and writes again what it may have lost, before anybody goes on.
+    ///
+    /// A server may be restarted at any time; old connections need not notice, and each life of it ends before the
+    /// next one begins. So every connection of an epoch is made before anything is asked in it: of the lives that they
+    /// reach, only one can answer afterwards, that which still lives when the last of them is made. All answers of an
+    /// epoch come from it, and so a flush on one connection covers the changes on all.
+    ///
+    /// Nobody else has a connection of this epoch before all are made and everything is written again. So it can't end
+    /// meanwhile, and nobody writes beside that.
+    fn begin_epoch(&self) -> Result<(), Unreachable> {
+        let _one = self.beginning.lock().expect("nothing panics under this lock");
+        let epoch = self.unflushed().epoch;
+        if self.slots[0].place().as_ref().is_some_and(|connection| connection.epoch == epoch) {
+            return Ok(());
+        }
+        let connections = self.with_others(self.dialled(self.terms.connect)?)?;
+        self.restore(&connections[0])?;
+        self.publish(connections, epoch);
+        Ok(())
+    }
+
+    /// `first` and as many more connections as the server takes. One that came back may not share any more.
+    fn with_others(&self, first: Connection) -> Result<Vec<Connection>, Unreachable> {
+        let mut is_shared = first.export().has(transmission::CAN_MULTI_CONN);
+        let mut connections = vec![first];
+        while is_shared && connections.len() < self.usable.load(Relaxed) {
+            match self.dialled(EXTRA_TIMEOUT) {
+                Ok(connection) => {
+                    is_shared = connection.export().has(transmission::CAN_MULTI_CONN);
+                    connections.push(connection);
+                }
+                Err(Unreachable::Now(_)) => break,
+                Err(error) => return Err(error),
             }
-            unflushed.to_restore()
-        };
-        let Some(changes) = changes else {
+        }
+        self.usable.store(connections.len(), Relaxed);
+        Ok(connections)
+    }
+
+    /// Writes again what no flush covers.
+    fn restore(&self, connection: &Connection) -> Result<(), Unreachable> {
+        let Some(changes) = self.unflushed().to_restore() else {
             let what = "the connection was lost after writes that no flush covers: the server may have lost them";
             return Err(Unreachable::Final(io::Error::other(what)));
         };
@@ -256,32 +302,29 @@ impl Pool {
                 Fault::Refused(error) => Unreachable::Final(error),
             })?;
         }
-        let mut unflushed = self.unflushed();
-        if unflushed.epoch == connection.epoch {
-            unflushed.is_restored = true;
-            Ok(())
-        } else {
-            Err(Unreachable::Now(io::Error::other("the connection was lost again")))
+        Ok(())
+    }
+
+    fn publish(&self, connections: Vec<Connection>, epoch: u64) {
+        debug_assert_eq!(self.unflushed().epoch, epoch, "nobody could lose a connection of it");
+        for (slot, mut connection) in self.slots.iter().zip(connections) {
+            connection.epoch = epoch;
+            *slot.place() = Some(Arc::new(connection));
         }
     }
 
     /// It is of no use any more, nor, on a target, are the others: who answered there may have been restarted.
     fn drop_connection(&self, lease: &Lease<'_>) {
-        let mut place = lease.slot.connection.lock().expect("nothing panics under this lock");
-        place.take_if(|found| Arc::ptr_eq(found, &lease.connection));
-        drop(place);
+        let epoch = lease.connection.epoch;
+        // Before a slot is empty: nobody connects once more in this epoch.
+        let is_over = self.is_target && self.unflushed().lose(epoch);
+        lease.slot.place().take_if(|found| Arc::ptr_eq(found, &lease.connection));
         lease.connection.close();
-        if !self.is_target {
+        if !is_over {
             return;
         }
-        let mut unflushed = self.unflushed();
-        if unflushed.epoch != lease.connection.epoch {
-            return;
-        }
-        unflushed.lose();
-        drop(unflushed);
         for slot in &self.slots {
-            let other = slot.connection.try_lock().ok().and_then(|mut place| place.take());
+            let other = slot.place().take_if(|found| found.epoch == epoch);
             if let Some(other) = other {
                 other.give_up("another connection to the server was lost");
             }
@@ -307,4 +350,11 @@ enum Unreachable {
     Now(io::Error),
     /// Nothing will.
     Final(io::Error),
+}
+
+impl From<Unreachable> for io::Error {
+    fn from(unreachable: Unreachable) -> Self {
+        let (Unreachable::Now(error) | Unreachable::Final(error)) = unreachable;
+        error
+    }
 }

@@ -413,6 +413,160 @@ fn nobody_waits_for_a_slow_flush_while_there_is_room() {
 
 const BOUND: Duration = Duration::from_secs(20);
 
+/// A disk of a server that is restarted, which loses what was not flushed. Its connections of before don't learn of it.
+struct Machine {
+    state: Mutex<Life>,
+    /// Whether a connection of an earlier life hangs up, or is silent and tells so.
+    silent: Option<mpsc::Sender<()>>,
+}
+
+struct Life {
+    number: usize,
+    disk: Vec<u8>,
+    memory: Vec<u8>,
+    /// How many requests before each restart.
+    restarts: Vec<usize>,
+}
+
+impl Machine {
+    fn new(restarts: Vec<usize>, silent: Option<mpsc::Sender<()>>) -> Arc<Self> {
+        let zeroes = || vec![0; LENGTH as usize];
+        Arc::new(Self { state: Mutex::new(Life { number: 0, disk: zeroes(), memory: zeroes(), restarts }), silent })
+    }
+
+    fn client(self: &Arc<Self>, patience: Duration) -> Nbd {
+        let machine = Arc::clone(self);
+        let terms = Terms { connect: BOUND, patience, reconnect: BOUND };
+        client_with(terms, Side::Target, move |_, peer| machine.serve(peer)).unwrap()
+    }
+
+    /// The first byte of the block at `offset`, as after a loss of power.
+    fn durable(&self, offset: u64) -> u8 {
+        self.state.lock().unwrap().disk[offset as usize]
+    }
+
+    fn serve(&self, mut peer: Peer) {
+        let life = self.state.lock().unwrap().number;
+        peer.shake_hands(FLAGS | transmission::CAN_MULTI_CONN);
+        while let Some((request, data)) = peer.request() {
+            if request.command == command::BLOCK_STATUS {
+                peer.chunk(request.cookie, chunk::BLOCK_STATUS, chunk::DONE, b"\0\0\0\x07\0\x80\0\0\0\0\0\0");
+            } else if self.state.lock().unwrap().does(life, &request, &data) {
+                peer.simple(request.cookie, 0);
+            } else if let Some(told) = &self.silent {
+                let _ = told.send(());
+            } else {
+                return;
+            }
+        }
+    }
+}
+
+impl Life {
+    fn restart(&mut self) {
+        self.number += 1;
+        self.memory.clone_from(&self.disk);
+    }
+
+    /// False: it came on a connection of an earlier life.
+    fn does(&mut self, life: usize, request: &Request, data: &[u8]) -> bool {
+        if let Some(left) = self.restarts.last_mut() {
+            *left -= 1;
+            if *left == 0 {
+                self.restarts.pop();
+                self.restart();
+            }
+        }
+        if self.number != life {
+            return false;
+        }
+        match request.command {
+            command::WRITE => self.memory[request.offset as usize..][..data.len()].copy_from_slice(data),
+            command::FLUSH => self.disk.clone_from(&self.memory),
+            _ => panic!("not asked for here: {request:?}"),
+        }
+        true
+    }
+}
+
+#[test]
+fn a_restart_that_one_connection_has_not_noticed_loses_nothing() {
+    let (told, swallowed) = mpsc::channel();
+    let machine = Machine::new(Vec::new(), Some(told));
+    let nbd = machine.client(Duration::from_secs(1));
+    nbd.write_at(&[1; 4096], 0).unwrap();
+    machine.state.lock().unwrap().restart();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| nbd.write_at(&[2; 4096], 4096).unwrap());
+        swallowed.recv_timeout(BOUND).expect("nobody answers on this connection any more");
+        // On another one, since that one is busy.
+        nbd.write_at(&[3; 4096], 8192).unwrap();
+        nbd.flush().unwrap();
+        assert_eq!([machine.durable(0), machine.durable(8192)], [1, 3]);
+        waiting.join().unwrap();
+    });
+    nbd.flush().unwrap();
+    assert_eq!(machine.durable(4096), 2);
+}
+
+#[test]
+fn one_at_a_time_connects_after_a_loss() {
+    let (dialled, dials) = mpsc::channel();
+    let (let_go, held) = mpsc::channel::<()>();
+    let held = Mutex::new(held);
+    let terms = Terms { connect: BOUND, patience: BOUND, reconnect: BOUND };
+    let script = move |number, mut peer: Peer| {
+        if number >= 4 {
+            let _ = dialled.send(number);
+            let _ = held.lock().unwrap().recv();
+        }
+        peer.shake_hands(FLAGS | transmission::CAN_MULTI_CONN);
+        while let Some((request, _)) = peer.request() {
+            match request.command {
+                command::BLOCK_STATUS => peer.simple(request.cookie, 22),
+                _ if number < 4 => return,
+                _ => peer.simple(request.cookie, 0),
+            }
+        }
+    };
+    let nbd = client_with(terms, Side::Target, script).unwrap();
+    std::thread::scope(|scope| {
+        let writing = [0, 4096].map(|offset| {
+            scope.spawn({
+                let nbd = &nbd;
+                move || nbd.write_at(&[1; 4096], offset).unwrap()
+            })
+        });
+        dials.recv_timeout(BOUND).expect("who lost the connection makes another one");
+        let other = dials.recv_timeout(Duration::from_millis(200));
+        drop(let_go);
+        writing.into_iter().for_each(|writing| writing.join().unwrap());
+        assert!(other.is_err(), "the other one waits until everything was written again");
+    });
+}
+
+#[test]
+fn a_server_that_comes_back_and_does_not_share_gets_one_connection() {
+    let dials = Arc::new(AtomicUsize::new(0));
+    let terms = Terms { connect: BOUND, patience: BOUND, reconnect: BOUND };
+    let counted = Arc::clone(&dials);
+    let script = move |number, mut peer: Peer| {
+        counted.fetch_add(1, Relaxed);
+        peer.shake_hands(if number < 4 { FLAGS | transmission::CAN_MULTI_CONN } else { FLAGS });
+        while let Some((request, _)) = peer.request() {
+            match request.command {
+                command::BLOCK_STATUS => peer.simple(request.cookie, 22),
+                _ if number < 4 => return,
+                _ => peer.simple(request.cookie, 0),
+            }
+        }
+    };
+    let nbd = client_with(terms, Side::Target, script).unwrap();
+    nbd.write_at(&[1; 4096], 0).unwrap();
+    nbd.flush().unwrap();
+    assert_eq!(dials.load(Relaxed), 5);
+}
+
 /// Says that all is data once something was written, and zero before; its second answer is told of and waits for
 /// `let_go`.
 fn slow_to_say(begun: mpsc::Sender<()>, let_go: mpsc::Receiver<()>) -> impl Fn(usize, Peer) + Send + Sync {
@@ -459,6 +613,29 @@ fn what_a_server_said_of_a_range_does_not_outlive_a_change() {
     assert_eq!(nbd.block_status(all).unwrap(), Extent::data(all));
     nbd.write_zeroes(all).unwrap();
     assert_eq!(nbd.block_status(all).unwrap(), Extent::zero(all));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, max_shrink_iters: 20, ..ProptestConfig::default() })]
+    #[test]
+    fn restarts_at_any_moment_lose_nothing_that_was_flushed(restarts in proptest::collection::vec(1usize..14, 0..5)) {
+        let machine = Machine::new(restarts, None);
+        let nbd = machine.client(BOUND);
+        std::thread::scope(|scope| {
+            for thread in 0..3u64 {
+                let (nbd, machine) = (&nbd, &machine);
+                scope.spawn(move || {
+                    for version in 1..=12 {
+                        nbd.write_at(&[version; 4096], thread * 4096).unwrap();
+                        if version % 4 == 0 {
+                            nbd.flush().unwrap();
+                            assert_eq!(machine.durable(thread * 4096), version);
+                        }
+                    }
+                });
+            }
+        });
+    }
 }
 
 proptest! {

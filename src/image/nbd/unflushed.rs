@@ -38,16 +38,9 @@ pub struct Unflushed {
     has_forgotten: bool,
     /// Grows whenever the server may have been restarted.
     pub epoch: u64,
-    /// In this epoch everything was written again.
-    pub is_restored: bool,
 }
 
 impl Unflushed {
-    /// Of a disk that nobody has changed yet.
-    pub fn new() -> Self {
-        Self { is_restored: true, ..Self::default() }
-    }
-
     /// A change that the server has answered; `None`: too much to keep.
     pub fn add(&mut self, change: Option<Change>) {
         match change {
@@ -78,10 +71,11 @@ impl Unflushed {
         }
     }
 
-    /// The server may have been restarted: every connection of before is void.
-    pub fn lose(&mut self) {
-        self.epoch += 1;
-        self.is_restored = false;
+    /// The server may have been restarted: every connection of `epoch` is void. False: that is known.
+    pub fn lose(&mut self, epoch: u64) -> bool {
+        let is_current = self.epoch == epoch;
+        self.epoch += u64::from(is_current);
+        is_current
     }
 
     /// What has to be written again; `None`: it is not known any more.
