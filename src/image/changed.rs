@@ -58,8 +58,8 @@ impl Changed {
         while !rest.is_empty() {
             let piece = rest.prefix(CHUNK);
             let old = &mut old[..piece.length as usize];
-            self.image.read_at(old, piece.offset)?;
-            if !zero::is_zero(old) {
+            // What can't be read may be written, as in `write_at`.
+            if !self.image.read_at(old, piece.offset).is_ok_and(|()| zero::is_zero(old)) {
                 self.image.write_zeroes(piece)?;
                 self.written.fetch_add(piece.length, Relaxed);
             }
@@ -133,6 +133,8 @@ mod tests {
     struct Logged {
         raw: Raw,
         log: Mutex<Vec<ByteRange>>,
+        /// Where a sector can't be read.
+        bad: Option<u64>,
     }
 
     impl Image for Logged {
@@ -145,7 +147,11 @@ mod tests {
         }
 
         fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-            self.raw.read_at(buf, offset)
+            let range = ByteRange::new(offset, buf.len() as u64);
+            match self.bad.filter(|bad| range.offset <= *bad && *bad < range.end()) {
+                Some(_) => Err(io::Error::from_raw_os_error(5)),
+                None => self.raw.read_at(buf, offset),
+            }
         }
 
         fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
@@ -171,10 +177,14 @@ mod tests {
         }
     }
 
-    fn disk() -> Arc<Logged> {
+    fn disk_with(bad: Option<u64>) -> Arc<Logged> {
         let raw = Raw::fresh(tempfile::tempfile().unwrap(), 3 << 20).unwrap();
         raw.write_at(&[7; 1 << 20], 0).unwrap();
-        Arc::new(Logged { raw, log: Mutex::default() })
+        Arc::new(Logged { raw, log: Mutex::default(), bad })
+    }
+
+    fn disk() -> Arc<Logged> {
+        disk_with(None)
     }
 
     #[test]
@@ -208,5 +218,16 @@ mod tests {
         let mut read = vec![1; 2 << 20];
         disk.raw.read_at(&mut read, 512 << 10).unwrap();
         assert!(zero::is_zero(&read));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_written() {
+        let disk = disk_with(Some(70_000));
+        let changed = Changed::of(disk.clone());
+        changed.write_zeroes(ByteRange::new(65_536, 8192)).unwrap();
+        changed.write_at(&[7; 4096], 69_632).unwrap();
+        let expected = [ByteRange::new(65_536, 8192), ByteRange::new(69_632, 4096)];
+        assert_eq!(*disk.log.lock().unwrap(), expected);
+        assert_eq!(changed.written(), 8192 + 4096);
     }
 }
