@@ -73,6 +73,16 @@ fn every_shape_reads_back_equal_and_checks_clean() {
 }
 
 #[test]
+fn a_discard_of_less_than_a_cluster_changes_nothing() {
+    let pair = Pair::new(4 * 65536, options(65536, None));
+    pair.write(&contents(3, 4 * 65536, 4096), 0);
+    for (offset, length) in [(70_000, 1000), (70_000, 0), (65536, 0), (60_000, 10_000)] {
+        pair.image.discard(ByteRange::new(offset, length)).unwrap();
+    }
+    pair.judge();
+}
+
+#[test]
 fn over_a_backing_file_zeroes_hide_it_and_what_is_left_out_shows_it() {
     let cluster = 65536;
     let pair = Pair::new(6 * cluster + 700, options(cluster, None));
