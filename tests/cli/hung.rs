@@ -50,15 +50,24 @@ fn a_stream_that_nobody_reads_is_left_within_a_second() {
     }
 }
 
-#[test]
-fn a_second_interrupt_ends_a_hung_run_at_once() {
-    let bench = Bench::new();
-    let (mut backup, mut records, _read) = unread_stream(&bench);
+/// Two interrupts; how long it took from the first one on.
+fn interrupted_twice(bench: &Bench) -> Duration {
+    let (mut backup, mut records, _read) = unread_stream(bench);
+    let sent = Instant::now();
     backup.signal(SIGINT);
     // The first one was taken: two at once may merge into one.
     records.until(|record| record["phase"] == "cancel");
-    let last = end(&mut backup, records, &[SIGINT], Duration::from_millis(400));
+    let last = end(&mut backup, records, &[SIGINT], A_SECOND);
     assert_eq!(last["target_state"], "incomplete");
+    sent.elapsed()
+}
+
+/// Who waits for the grace never ends before it is over; who does not may be late on a busy machine, but not each time.
+#[test]
+fn a_second_interrupt_ends_a_hung_run_at_once() {
+    const GRACE: Duration = Duration::from_millis(600);
+    let bench = Bench::new();
+    assert!((0..10).any(|_| interrupted_twice(&bench) < GRACE), "it waits for the grace");
 }
 
 /// The disk of a daemon that can be stopped, as a file: its users hang in the kernel.
