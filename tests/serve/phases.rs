@@ -308,6 +308,39 @@ impl Server {
         assert_eq!(self.ends(what), (137, None), "{what}");
     }
 
+    /// Waits until those of its threads that stop it wait for something, or it has ended.
+    #[track_caller]
+    fn waits_for_its_requests(&mut self) {
+        let mut before = Vec::new();
+        wait_for("a server that waits", || {
+            let now = self.stopping_threads();
+            let has_begun = now.len() > 1;
+            let stands_still = now == before && now.iter().all(|(_, is_asleep, _)| *is_asleep);
+            before = now;
+            (has_begun && stands_still || self.running.has_ended()).then_some(())
+        });
+    }
+
+    /// The threads that stop it, which are that of the session and one for each front end: who each is, whether it is
+    /// asleep, and how often it was.
+    fn stopping_threads(&self) -> Vec<(String, bool, String)> {
+        let tasks = format!("/proc/{}/task", self.running.id());
+        let value = |status: &str, name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_default().trim().to_owned()
+        };
+        let mut found = Vec::new();
+        // Threads that end meanwhile are not there any more.
+        for task in std::fs::read_dir(tasks).into_iter().flatten().flatten() {
+            let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            if value(&status, "Name:") == "stop" {
+                let is_asleep = value(&status, "State:").starts_with('S');
+                found.push((value(&status, "Pid:"), is_asleep, value(&status, "voluntary_ctxt_switches:")));
+            }
+        }
+        found
+    }
+
     /// Stands still, and goes on.
     fn pauses(&self) {
         self.running.signal(Signal::SIGSTOP);
@@ -355,11 +388,11 @@ fn a_signal_before_a_server_is_ready_keeps_what_it_has_answered_already() {
 fn a_signal_in_the_midst_of_a_write_lets_it_end_and_be_answered() {
     for (front_end, signal) in pairs(&SIGNALS, 1) {
         let (what, scene) = (format!("{signal}, {front_end:?}"), Scene::new(front_end));
-        let (server, client) = scene.held_while_writing();
+        let (mut server, client) = scene.held_while_writing();
         server.running.signal(signal);
         scene.hears("STOPPING=1");
-        // Until then one that does not wait for the write has cut it off; one that does has time.
-        std::thread::sleep(Duration::from_millis(200));
+        // By then one that does not wait for the write has cut it off.
+        server.waits_for_its_requests();
         server.ends_in_order(signal, &what);
         client.end().unwrap_or_else(|e| panic!("{what}: {e}"));
         assert_eq!((scene.byte_at(HELD), scene.byte_at(OTHER)), (b'w', b'o'), "{what}");
