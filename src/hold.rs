@@ -25,8 +25,18 @@ pub enum Place {
     Renamed,
     /// Everything is done, nobody has been told.
     Published,
+    /// A backup attaches to a writer, and has no answer.
+    Attaching,
+    /// A writer lets nobody begin, and has not said that nothing is in flight.
+    Draining,
+    /// A writer is frozen, and has been asked to go on.
+    Thawing,
     /// A writer's write is about to ask.
     Asking,
+    /// It has asked, and waits for its grant.
+    Waiting,
+    /// It has its grant, and has written nothing.
+    Granted,
     /// A server has nothing open yet.
     Opening,
     /// A server's clients can come, and it has told nobody.

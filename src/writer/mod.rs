@@ -287,7 +287,10 @@ impl Shared {
         let asked = session.ask(range, first);
         session.ring.count_stall(since.elapsed());
         match asked {
-            Asked::Granted => Ok(()),
+            Asked::Granted => {
+                hold::at(hold::Place::Granted);
+                Ok(())
+            }
             Asked::Refused(error) => Err(error),
             Asked::Left(breach) => {
                 self.end(&session, Some(breach));

@@ -16,6 +16,7 @@
 
 use super::session::Session;
 use super::{QUIESCING, Shared, lock};
+use crate::hold::{self, Place};
 use crate::ring::folder::Folder;
 use crate::ring::layout::Breach;
 use crate::ring::meeting;
@@ -206,6 +207,7 @@ impl Service {
     }
 
     fn begin_session(&mut self, session: Arc<Session>) {
+        hold::at(Place::Attaching);
         let sent = socket::send(&session.socket, &Packet::Attached, &[]);
         let phase = if session.terms.trap_at_once { Phase::Trapping } else { Phase::Idle };
         self.link = Link::Attached(session, phase);
@@ -220,6 +222,8 @@ impl Service {
                 let mut control = self.shared.control_mut();
                 control.frozen_until = Some(Instant::now() + session.terms.freeze_timeout);
                 self.shared.gate.freeze();
+                drop(control);
+                hold::at(Place::Draining);
                 Step::Phase(Phase::Draining)
             }
             (Packet::Thaw { trap: true }, Phase::Frozen) => self.thaw(session),
@@ -236,6 +240,7 @@ impl Service {
 
     /// Into trapping, unless the freeze did not hold until now.
     fn thaw(&self, session: &Arc<Session>) -> Step {
+        hold::at(Place::Thawing);
         let mut control = self.shared.control_mut();
         let held = control.is(session) && control.frozen_until.take().is_some_and(|until| Instant::now() < until);
         if held {

@@ -2,6 +2,7 @@
 
 use crate::ground::cluster::Clusters;
 use crate::ground::range::ByteRange;
+use crate::hold;
 use crate::ring::futex::{Futex, WAKER};
 use crate::ring::layout::{Breach, MAX_ENTRY};
 use crate::ring::packet::Attach;
@@ -110,6 +111,7 @@ impl Session {
         let mut patience = Futex::new(self.awake, self.terms.cbw_timeout);
         let Some(slot) = self.places.take(|| patience.remaining(), &self.over) else { return Answer::Left };
         self.ring.post(slot, piece, &WAKER);
+        hold::at(hold::Place::Waiting);
         let answer = self.ring.await_answer(slot, &self.over, &mut patience);
         // A slot that was left is not used again: the backup may still answer it. The session is over anyhow.
         if answer != Answer::Left {

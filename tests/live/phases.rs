@@ -2,6 +2,8 @@
 //! `src/hold.rs`. Whatever comes, the writer goes on, the target is the old one or a whole copy, and the last record says which.
 //! `DRIVE_BACKUP_SWEEP=all` tries every signal at every place.
 
+mod writer;
+
 use crate::kit::HANGS;
 use crate::support::hold::Hold;
 use crate::support::{self, BINARY, Running, text, wait_for};
@@ -256,40 +258,6 @@ fn stopped_at_any_place_a_backup_holds_nobody_and_never_publishes_what_it_missed
             assert_eq!((code, &last["reason"]), (6, &"instant_lost".into()), "{place}: {last}");
         }
         scene.all_goes_on(place);
-    }
-}
-
-/// The process of `death.rs` that writes for ever, held before a write asks.
-fn asking_writer(folder: &Path, hold: &Hold) -> Running {
-    let mut writer = Command::new(std::env::current_exe().unwrap());
-    writer.args(["--exact", "death::another_process_writes"]).env("DRIVE_BACKUP_TEST_ROLE", "writer");
-    writer.env("DRIVE_BACKUP_HOLD", hold.variable()).current_dir(folder);
-    Running::start(writer.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()))
-}
-
-#[test]
-fn a_writer_that_dies_or_stops_before_it_asks_costs_nothing() {
-    for fate in [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGSTOP] {
-        let folder = crate::kit::memory_folder();
-        let path = |name: &str| folder.path().join(name);
-        trail::create(&path("disk"));
-        let hold = Hold::at("Asking", folder.path());
-        let mut writer = asking_writer(folder.path(), &hold);
-        wait_for("the first writes", || std::fs::metadata(path("progress")).ok().filter(|found| found.len() > 0));
-        let (disk, copy, meet) = (path("disk"), path("copy"), path("meet"));
-        let mut backup = support::command(&["--device", text(&disk), "--target", text(&copy), "--no-fsync"]);
-        backup.args(["--writer-dir", text(&meet), "--overlay", "memory", "--snapshot", "overlay", "--speed", "512K"]);
-        let backup = Running::start(backup.args(["--cbw-timeout", "60", "--freeze-timeout", "60"]));
-        let held = hold.reached(&mut writer);
-        writer.signal(fate);
-        backup.ended().succeeds();
-        trail::check(&std::fs::read(&copy).unwrap());
-        drop(held);
-        if fate == Signal::SIGSTOP {
-            let written = std::fs::read(path("progress")).unwrap();
-            writer.signal(Signal::SIGCONT);
-            wait_for("the writer", || (std::fs::read(path("progress")).unwrap() != written).then_some(()));
-        }
     }
 }
 
