@@ -290,6 +290,16 @@ fn daemons_at(places: &[&'static str]) -> Vec<(&'static str, &'static str)> {
     places.iter().enumerate().flat_map(|(turn, &place)| daemons(turn).map(move |daemon| (daemon, place))).collect()
 }
 
+/// How a daemon is ended at each of `places`: in every way, or killed and in the way whose turn it is.
+fn ends_of_daemons(places: &[&'static str]) -> Vec<(&'static str, &'static str, Signal)> {
+    const ORDERLY: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    let of = |(turn, (daemon, place))| {
+        let orderly = (0..3).filter(move |&at| is_wide() || at == turn % 3).map(|at| ORDERLY[at]);
+        orderly.chain([Signal::SIGKILL]).map(move |end| (daemon, place, end))
+    };
+    daemons_at(places).into_iter().enumerate().flat_map(of).collect()
+}
+
 impl Scene {
     /// A backup to a daemon that has come to `place`.
     #[track_caller]
@@ -345,13 +355,14 @@ impl Held {
 }
 
 #[test]
-fn a_target_whose_daemon_dies_at_any_place_is_incomplete_and_its_writer_goes_on() {
-    for (daemon, place) in daemons_at(&["Copying", "Flushing", "Verifying"]) {
-        let (what, scene) = (format!("{daemon} at {place}"), Scene::new());
+fn a_target_whose_daemon_ends_at_any_place_is_incomplete_and_its_writer_goes_on() {
+    for (daemon, place, end) in ends_of_daemons(&["Copying", "Flushing", "Verifying"]) {
+        let (what, scene) = (format!("{daemon} at {place}, {end}"), Scene::new());
         let (daemon, uri) = nbd_target(daemon, scene.folder.path());
         let held = scene.held_with_daemon(&uri, place, &["--reconnect-delay", "0.1", "--verify"]);
-        daemon.signal(Signal::SIGKILL);
-        drop(daemon);
+        daemon.signal(end);
+        // Asked to, it ends in order, though a client is connected.
+        assert_eq!(daemon.ended().code, if end == Signal::SIGKILL { 137 } else { 0 }, "{what}");
         let (code, last) = held.let_go(&what);
         assert_eq!((&last["exit_code"], &last["target_state"]), (&code.into(), &"incomplete".into()), "{what}: {last}");
         assert!(code == 5 || code == 7 && place == "Verifying", "{what}: {last}");
