@@ -29,7 +29,7 @@ pub enum Fault {
 
 /// How long a call is late, in milliseconds.
 const LATE: u64 = 40;
-const TOO_LATE: u64 = 1500;
+pub const TOO_LATE: u64 = 6000;
 
 impl Fault {
     pub fn name(self) -> &'static str {
