@@ -3,7 +3,7 @@
 use crate::kit;
 use crate::support::{self, Ended, Mount, Running, command, text};
 use crate::trail::{self, BLOCK, BLOCKS, Typist};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const EIO: i32 = 5;
@@ -26,17 +26,20 @@ impl Scene {
         self.folder.path().join(name)
     }
 
-    /// Slowly, so that writes come before the copier.
     fn arguments<'a>(&self, target: &'a str, more: &[&'a str]) -> Vec<String> {
         let (disk, meet) = (self.path("disk"), self.path("meet"));
-        let fixed = ["--device", text(&disk), "--target", target, "--writer-dir", text(&meet), "--speed", "1M"];
+        let fixed = ["--device", text(&disk), "--target", target, "--writer-dir", text(&meet)];
         let bounds = ["--snapshot", "overlay", "--freeze-timeout", "60", "--cbw-timeout", "60", "--workers", "1"];
         fixed.iter().chain(&bounds).chain(more).map(ToString::to_string).collect()
     }
 
+    /// Slowly, so that writes come before the copier.
     fn back_up(&self, more: &[&str]) -> Ended {
-        let target = self.path("copy");
-        let arguments = self.arguments(text(&target), more);
+        self.back_up_to(&self.path("copy"), "1M", more)
+    }
+
+    fn back_up_to(&self, target: &Path, speed: &str, more: &[&str]) -> Ended {
+        let arguments = self.arguments(text(target), &[&["--speed", speed], more].concat());
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         Running::start(&mut command(&arguments)).ended()
     }
@@ -126,12 +129,59 @@ fn a_full_file_system_fails_writes_where_that_is_asked_for() {
     scene.is_kept(&std::fs::read(scene.path("copy")).unwrap(), ENOSPC);
 }
 
+/// Target and overlay are on one file system, which has room for half of either: what is first out of room fails the
+/// backup, and never a write. What is left there.
+fn on_one_small_file_system(speed: &str, old: Option<&[u8]>) -> Vec<String> {
+    let scene = Scene::new();
+    // All of the disk has data.
+    scene.typist.goes_on(6 * BLOCKS);
+    let small = Mount::tmpfs(BLOCKS * BLOCK / 2);
+    let target = small.join("copy");
+    if let Some(old) = old {
+        std::fs::write(&target, old).unwrap();
+    }
+    let ended = scene.back_up_to(&target, speed, &["--overlay", text(small.path())]);
+    let (of_target, of_overlay) = (ended.stderr.contains("write target"), ended.stderr.contains("overlay"));
+    match ended.code {
+        5 => assert!(of_target && !of_overlay, "{ended:?}"),
+        _ => assert!(of_overlay && !of_target, "{ended:?}"),
+    }
+    ended.fails(if of_target { 5 } else { 6 }, "No space left on device");
+    println!("at {speed}: {}", ended.stderr.trim_end());
+    scene.writer_is_well();
+    let disk = scene.path("disk");
+    let Scene { typist, folder: _folder } = scene;
+    let last = typist.end();
+    assert_eq!(trail::check(&std::fs::read(disk).unwrap()), last, "a write is lost");
+    if let Some(old) = old {
+        assert!(std::fs::read(target).unwrap() == old, "the old target has changed");
+    }
+    support::names(small.path())
+}
+
+/// The slow copier loses against the writer, the fast one may be first.
+const SPEEDS: [&str; 3] = ["64K", "8M", "unlimited"];
+
+#[test]
+fn a_file_system_that_is_full_of_target_and_overlay_breaks_the_backup_and_no_write() {
+    for speed in SPEEDS {
+        assert_eq!(on_one_small_file_system(speed, None), [""; 0], "nothing is left there");
+    }
+}
+
+#[test]
+fn a_file_system_that_is_full_of_target_and_overlay_keeps_the_old_target() {
+    for speed in SPEEDS {
+        assert_eq!(on_one_small_file_system(speed, Some(b"what was there before")), ["copy"], "and nothing beside it");
+    }
+}
+
 /// A stream is written by other calls, so that all these fail on the overlay.
 fn with_failing_overlay(scene: &Scene, more: &[&str]) -> Ended {
     let mut strace = Command::new("strace");
     let log = scene.path("log");
     strace.args(["-f", "-qq", "-o", text(&log), "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=EIO:when=3+"]);
-    strace.arg(support::BINARY).args(scene.arguments("-", &[&["--overlay", "memory"], more].concat()));
+    strace.arg(support::BINARY).args(scene.arguments("-", &[&["--speed", "1M", "--overlay", "memory"], more].concat()));
     let ended = Running::start(&mut support::piped(strace)).ended();
     assert!(std::fs::read_to_string(&log).unwrap().contains("INJECTED"));
     std::fs::remove_file(log).unwrap();
