@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::bytes::{disk, identical, noise, read};
+use support::cost::cost;
 use support::{
     BINARY, Ended, LoopDevice, Mount, Running, code, copy, drive_backup, fingerprint, folder, names, piped, qemu_img,
     run, sparse_file, text, wait_for,
@@ -461,18 +462,16 @@ fn two_instances_on_one_target() {
     identical(&lab.path("disk.raw"), &target);
 }
 
-/// Copies a hostile image with bounded memory and time. It may be copied where the damage does not matter, and then as
+/// Copies a hostile image for little time and memory. It may be copied where the damage does not matter, and then as
 /// qemu-img reads it; else it is a source error of one line.
 #[track_caller]
 fn survives(lab: &Lab, image: &Path, what: &str) {
     let target = lab.path("hostile.raw");
-    let mut limited = Command::new("prlimit");
-    limited.args([&format!("--as={}", 2u64 << 30), BINARY, "--device", text(image), "--source-format", "qcow2"]);
-    limited.args(["--target", text(&target), "--workers", "2"]);
-    let ended = Running::start(&mut piped(limited)).ended();
-    assert!([0, 4].contains(&ended.code), "{what}: {ended:?}");
-    if ended.code == 4 {
-        assert_eq!(ended.stderr.lines().count(), 1, "{what}: {ended:?}");
+    let arguments = ["--device", text(image), "--source-format", "qcow2", "--target", text(&target), "--workers", "2"];
+    let cost = cost(lab.folder.path(), &arguments);
+    cost.assert_cheap(&[0, 4], what);
+    if cost.ended.code == 4 {
+        assert_eq!(cost.ended.stderr.lines().count(), 1, "{what}: {:?}", cost.ended);
         assert!(!target.exists(), "{what}: half a copy");
         return;
     }

@@ -1,16 +1,13 @@
 //! Images that were made to do harm: as a source and as a target that is there, each costs little time and memory, and ends in
 //! a copy or in one line.
 
-use crate::support::{BINARY, PATIENCE, Running, folder, piped, qemu_img, text};
+use crate::support::cost::cost;
+use crate::support::{folder, qemu_img, text};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Seconds of processor time.
-const TIME: f64 = 5.0;
-/// KiB of memory, at the worst moment.
-const MEMORY: u64 = 256 << 10;
 const L1_AT: u64 = 40;
 const L2_OF_FIRST_CLUSTERS: u64 = 0;
 
@@ -209,28 +206,6 @@ fn chains(shop: &Workshop) -> [PathBuf; 3] {
     [over("loop-a", "loop-b"), over("loop-self", "loop-self"), around]
 }
 
-/// What a run cost: seconds of processor time, KiB of memory.
-struct Cost {
-    code: i32,
-    said: String,
-    seconds: f64,
-    memory: u64,
-}
-
-/// Runs it to its end, for as long as a test waits at most.
-fn cost(shop: &Workshop, arguments: &[&str]) -> Cost {
-    let measured = shop.path("measured");
-    let mut command = Command::new("/usr/bin/time");
-    command.args(["--quiet", "-f", "%U %S %M", "-o", text(&measured), "timeout", "--kill-after=1", "20", BINARY]);
-    command.args(arguments);
-    assert!(PATIENCE.as_secs() > 21);
-    let ended = Running::start(&mut piped(command)).ended();
-    let line = fs::read_to_string(&measured).unwrap();
-    let [user, system, memory] = line.split_whitespace().collect::<Vec<_>>()[..] else { panic!("{line}") };
-    let seconds = user.parse::<f64>().unwrap() + system.parse::<f64>().unwrap();
-    Cost { code: ended.code, said: ended.stderr, seconds, memory: memory.parse().unwrap() }
-}
-
 /// A disk of `length` bytes, if there can be such a file here, that has data at its beginning and at its end.
 fn disk_of(shop: &Workshop, length: u64) -> PathBuf {
     let disk = shop.path("disk.raw");
@@ -243,14 +218,6 @@ fn disk_of(shop: &Workshop, length: u64) -> PathBuf {
     disk
 }
 
-fn assert_cheap(cost: &Cost, codes: &[i32], what: &str) {
-    let Cost { code, said, seconds, memory } = cost;
-    println!("{what}: exit status {code}, {seconds} s, {memory} KiB: {}", said.trim_end());
-    assert!(codes.contains(code), "{what}: exit status {code}: {said}");
-    assert!(said.lines().count() <= 1 && !said.contains("internal error"), "{what}: {said}");
-    assert!(*seconds < TIME && *memory < MEMORY, "{what}: {seconds} s, {memory} KiB");
-}
-
 #[test]
 fn hostile_images_cost_little_time_and_memory() {
     let shop = Workshop { folder: folder() };
@@ -259,16 +226,13 @@ fn hostile_images_cost_little_time_and_memory() {
     for image in images(&inner) {
         let name = image.file_name().unwrap().to_str().unwrap();
         let target = shop.path("target.qcow2");
+        let image = text(&image);
+        let arguments = ["--device", image, "--source-format", "qcow2", "--no-fsync", "--target", text(&target)];
         // A copy, or the source's fault; or the copy is larger than a file can be.
-        let read = cost(
-            &shop,
-            &["--device", text(&image), "--source-format", "qcow2", "--no-fsync", "--target", text(&target)],
-        );
-        assert_cheap(&read, &[0, 4, 5], name);
+        cost(shop.folder.path(), &arguments).assert_cheap(&[0, 4, 5], name);
         let _ = fs::remove_file(&target);
-        let disk = disk_of(&shop, Patched::open(&image).get(24));
-        let written =
-            cost(&shop, &["--device", text(&disk), "--mode", "existing", "--no-fsync", "--target", text(&image)]);
-        assert_cheap(&written, &[0, 4, 5], name);
+        let disk = disk_of(&shop, Patched::open(Path::new(image)).get(24));
+        let arguments = ["--device", text(&disk), "--mode", "existing", "--no-fsync", "--target", image];
+        cost(shop.folder.path(), &arguments).assert_cheap(&[0, 4, 5], name);
     }
 }

@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each test program uses its part
 
 pub mod bytes;
+pub mod cost;
 pub mod fault;
 pub mod hold;
 mod mount;
