@@ -202,7 +202,12 @@ fn set(file: &File, kind: i32, byte: i64) -> Result<(), Errno> {
 /// The lock that would be in the way of ours.
 fn find_lock(file: &File, kind: i32, byte: i64) -> Result<Option<Other>, Errno> {
     let mut answer = request(kind, byte);
-    fcntl(file, FcntlArg::F_OFD_GETLK(&mut answer))?;
+    while let Err(errno) = fcntl(file, FcntlArg::F_OFD_GETLK(&mut answer)) {
+        // As in `set`: some file systems ask a server.
+        if errno != Errno::EINTR {
+            return Err(errno);
+        }
+    }
     let is_free = i32::from(answer.l_type) == libc::F_UNLCK;
     Ok((!is_free).then(|| Other { byte, pid: Some(answer.l_pid).filter(|&pid| pid > 0) }))
 }
