@@ -67,14 +67,27 @@ impl Folder<'_> {
     /// Locks a file that was just created under `name`, unless somebody swept it as a leftover in between.
     fn claim(&self, name: &OsStr, file: File) -> Result<Created> {
         match lock::mark(&file, Mark::Exclusive) {
-            Ok(true) if self.leads_to(name, &file)? => Ok(Created::Ours(file)),
-            Ok(_) => Ok(Created::Lost),
+            Ok(true) => match self.leads_to(name, &file) {
+                Ok(true) => Ok(Created::Ours(file)),
+                Ok(false) => Ok(Created::Lost),
+                Err(error) => Err(self.without(name, &file, error)),
+            },
+            Ok(false) => Ok(Created::Lost),
             Err(e) if e.kind() == io::ErrorKind::Unsupported => {
                 self.unlink(name)?;
                 Ok(Created::Unlocked)
             }
-            Err(e) => Err(self.failed(name, e)),
+            Err(e) => Err(self.without(name, &file, self.failed(name, e))),
         }
+    }
+
+    /// Removes a `file` that was just created, and of which nothing comes for `error`, if it is seen to have its `name`: else
+    /// that may be another backup's.
+    fn without(&self, name: &OsStr, file: &File, error: Error) -> Error {
+        if matches!(self.leads_to(name, file), Ok(true)) {
+            let _ = self.unlink(name);
+        }
+        error
     }
 
     /// Without locks nobody can tell a leftover from a backup that runs: a name of this process alone.
