@@ -76,6 +76,9 @@ struct Shared {
     attached: Mutex<Vec<u64>>,
     arrived: Condvar,
     quiesce: Arc<Mutex<Option<Quiesce>>>,
+    /// Writes that wait for a thaw. The next freeze begins when they have come in: one backup after the other would hold
+    /// them for ever.
+    waiting: AtomicUsize,
     bell: OwnedFd,
     stop: AtomicBool,
 }
@@ -152,6 +155,7 @@ impl Writer {
             attached: Mutex::default(),
             arrived: Condvar::new(),
             quiesce: Arc::default(),
+            waiting: AtomicUsize::new(0),
             bell,
             stop: AtomicBool::new(false),
         });
@@ -200,6 +204,12 @@ impl Writer {
     #[inline]
     pub(crate) fn enter(&self, offset: u64, length: u64) -> io::Result<()> {
         self.shared.enter(offset, length)
+    }
+
+    /// Writes that wait for a thaw.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.shared.waiting.load(Ordering::SeqCst)
     }
 
     /// The end of a [`Writer::enter`], on any thread.
@@ -253,25 +263,37 @@ impl Shared {
     #[inline(never)]
     fn enter_slowly(&self, passage: Passage, mine: usize, range: ByteRange) -> io::Result<()> {
         let mut passage = passage;
-        let mut frozen_since = None;
-        while passage == Passage::Frozen {
+        if passage == Passage::Frozen {
             // The service thread may have summed up while this write was counted for a moment.
             self.ring_bell();
             if QUIESCING.get() {
                 self.gate.enter_frozen(mine);
                 return Ok(());
             }
-            let since = *frozen_since.get_or_insert_with(Instant::now);
-            self.wait_thaw();
-            passage = self.gate.enter(mine);
-            if let (Some(session), true) = (&self.control().session, passage != Passage::Frozen) {
-                session.ring.count_stall(since.elapsed());
-            }
+            passage = self.enter_after_thaw(mine);
         }
         match passage {
             Passage::Trapping => self.ask(mine, range).inspect_err(|_| self.leave()),
             _ => Ok(()),
         }
+    }
+
+    fn enter_after_thaw(&self, mine: usize) -> Passage {
+        let since = Instant::now();
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let passage = loop {
+            self.wait_thaw();
+            match self.gate.enter(mine) {
+                Passage::Frozen => self.ring_bell(),
+                passage => break passage,
+            }
+        };
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.ring_bell();
+        if let Some(session) = &self.control().session {
+            session.ring.count_stall(since.elapsed());
+        }
+        passage
     }
 
     /// Inside the gate, while it traps.

@@ -4,7 +4,8 @@
 //! |---|---|---|---|
 //! | none | a connection | | pending |
 //! | pending | Attach | the session is there; answers Attached | idle, or trapping when the instant has passed |
-//! | idle | Freeze | the gate freezes | draining |
+//! | idle | Freeze | | admitting |
+//! | admitting | no write waits for the end of an earlier freeze | the gate freezes | draining |
 //! | draining | nothing is in flight | the quiesce callback starts | quiescing |
 //! | quiescing | it succeeded, and nothing is in flight | answers Frozen | frozen |
 //! | quiescing | it failed | answers Refused; opens the gate | none |
@@ -43,6 +44,8 @@ type Outcome = Arc<Mutex<Option<io::Result<()>>>>;
 
 enum Phase {
     Idle,
+    /// Whom an earlier freeze has held comes in first.
+    Admitting,
     Draining,
     Quiescing(Outcome),
     /// The callback has succeeded; its own writes may still be in flight.
@@ -218,14 +221,7 @@ impl Service {
 
     fn obey(&self, session: &Arc<Session>, phase: &Phase, packet: Packet) -> Step {
         match (packet, phase) {
-            (Packet::Freeze, Phase::Idle) => {
-                let mut control = self.shared.control_mut();
-                control.frozen_until = Some(Instant::now() + session.terms.freeze_timeout);
-                self.shared.gate.freeze();
-                drop(control);
-                hold::at(Place::Draining);
-                Step::Phase(Phase::Draining)
-            }
+            (Packet::Freeze, Phase::Idle) => Step::Phase(Phase::Admitting),
             (Packet::Thaw { trap: true }, Phase::Frozen) => self.thaw(session),
             (Packet::Thaw { trap: false }, phase) if !matches!(phase, Phase::Trapping) => {
                 let held = self.shared.let_go(session, None) && matches!(phase, Phase::Frozen);
@@ -236,6 +232,15 @@ impl Service {
             (Packet::Detach, _) => Step::End(None),
             _ => nonsense(session),
         }
+    }
+
+    fn freeze(&self, session: &Arc<Session>) -> Step {
+        let mut control = self.shared.control_mut();
+        control.frozen_until = Some(Instant::now() + session.terms.freeze_timeout);
+        self.shared.gate.freeze();
+        drop(control);
+        hold::at(Place::Draining);
+        Step::Phase(Phase::Draining)
     }
 
     /// Into trapping, unless the freeze did not hold until now.
@@ -275,6 +280,7 @@ impl Service {
         let Link::Attached(session, phase) = &self.link else { return };
         let drained = || self.shared.gate.in_flight() == 0;
         let step = match phase {
+            Phase::Admitting if self.shared.waiting.load(Ordering::SeqCst) == 0 => self.freeze(session),
             Phase::Draining if drained() => self.quiesce(session),
             Phase::Quiescing(outcome) => match lock(outcome).take() {
                 None => Step::Stay,

@@ -33,6 +33,7 @@ fn attached() -> (Arc<Shared>, Arc<Session>, Ring, OwnedFd) {
         attached: Mutex::default(),
         arrived: Condvar::new(),
         quiesce: Arc::default(),
+        waiting: AtomicUsize::new(0),
         bell: rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap(),
         stop: AtomicBool::new(false),
     });

@@ -78,12 +78,25 @@ fn connect(scene: &Scene) -> OwnedFd {
 
 impl Tyrant {
     fn attach(scene: &Scene, terms: Attach) -> Self {
+        let tyrant = Self::ask(scene, terms);
+        tyrant.hear(Packet::Attached);
+        tyrant
+    }
+
+    /// Does not wait for the answer.
+    fn ask(scene: &Scene, terms: Attach) -> Self {
         let connection = connect(scene);
         let (ring, descriptor) = Ring::create().unwrap();
         let (_, bits) = Bits::create(terms.bitmap_bytes()).unwrap();
         socket::send(&connection, &Packet::Attach(terms), &[descriptor.as_fd(), bits.as_fd()]).unwrap();
-        let tyrant = Self { connection, ring };
+        Self { connection, ring }
+    }
+
+    fn freeze_at_once(scene: &Scene) -> Self {
+        let tyrant = Self::ask(scene, terms(1000, 60_000));
+        tyrant.say(Packet::Freeze);
         tyrant.hear(Packet::Attached);
+        tyrant.hear(Packet::Frozen);
         tyrant
     }
 
@@ -409,6 +422,34 @@ fn a_freeze_that_lasts_too_long_is_ended_by_the_writer_and_marked() {
         }
         while !matches!(socket::receive(&tyrant.connection).unwrap(), Received::HungUp) {}
         assert_eq!(tyrant.ring.broken(), Breach::FrozenTooLong as u32);
+    }
+}
+
+/// Who hangs up and freezes again is faster than a write that wakes up: it was held for up to 180 freezes.
+#[test]
+fn freezes_one_after_the_other_hold_a_write_once() {
+    let scene = Scene::new();
+    let writer = Arc::new(scene.writer());
+    let mut tyrant = Tyrant::freeze_at_once(&scene);
+    for _ in 0..20 {
+        let begun = Arc::new(AtomicBool::new(false));
+        let writing = {
+            let (writer, begun) = (writer.clone(), begun.clone());
+            thread::spawn(move || {
+                let _write = writer.begin(0, 1).unwrap();
+                begun.store(true, Ordering::SeqCst);
+            })
+        };
+        let began = Instant::now();
+        while writer.waiting() == 0 {
+            assert!(began.elapsed() < HANGS);
+            thread::yield_now();
+        }
+        drop(tyrant);
+        tyrant = Tyrant::freeze_at_once(&scene);
+        // Frozen means that nothing is in flight: if it has begun, it has ended.
+        assert!(begun.load(Ordering::SeqCst), "a write is held by a second freeze");
+        writing.join().unwrap();
     }
 }
 
