@@ -27,8 +27,14 @@ fn socket() -> &'static PathBuf {
     SOCKET.get_or_init(|| {
         let path = tempfile::tempdir().unwrap().keep().join("socket");
         let raw = Raw::fresh(tempfile::tempfile().unwrap(), 70_000).unwrap();
-        let options =
-            DiskOptions { name: "d".into(), path: "d".into(), format: None, read_only: false, secret: None, writer_dir: None };
+        let options = DiskOptions {
+            name: "d".into(),
+            path: "d".into(),
+            format: None,
+            read_only: false,
+            secret: None,
+            writer_dir: None,
+        };
         let disk = Arc::new(Disk::over(&options, Arc::new(raw)));
         Box::leak(Box::new(start(disk, &path, 2, Arc::new(|_| {})).unwrap()));
         path

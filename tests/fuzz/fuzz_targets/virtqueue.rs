@@ -73,8 +73,14 @@ fn disks() -> &'static [Disk; 2] {
     DISKS.get_or_init(|| {
         let raw = Raw::fresh(tempfile::tempfile().unwrap(), LENGTH).unwrap();
         let images: [Arc<dyn Image>; 2] = [Arc::new(raw), Arc::new(Buffer(Mutex::new(vec![b'd'; LENGTH as usize])))];
-        let options =
-            DiskOptions { name: "d".into(), path: "d".into(), format: None, read_only: false, secret: None, writer_dir: None };
+        let options = DiskOptions {
+            name: "d".into(),
+            path: "d".into(),
+            format: None,
+            read_only: false,
+            secret: None,
+            writer_dir: None,
+        };
         images.map(|image| Disk::over(&options, image))
     })
 }
