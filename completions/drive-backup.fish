@@ -75,8 +75,8 @@ overlay\t'The overlay: what writers are about to overwrite is saved first'
 reflink\t'A clone of the file system, or the backup does not start'"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l overlay -d 'Folder for what writers are about to overwrite, or memory; by default TMPDIR, else /var/tmp' -r -f -a "(__fish_complete_directories)"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l overlay-limit -d 'The most that the overlay may hold; 0, off and unlimited mean no limit' -r
-complete -c drive-backup -n "__fish_drive_backup_needs_command" -l freeze-timeout -d 'In how many seconds all writers must be frozen' -r
-complete -c drive-backup -n "__fish_drive_backup_needs_command" -l cbw-timeout -d 'In how many seconds the old contents must be saved for a waiting write' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l freeze-timeout -d 'In how many seconds all writers must be frozen; 60 at most' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l cbw-timeout -d 'In how many seconds the old contents must be saved for a waiting write; 298 at most' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l on-cbw-error -d 'What happens when they can\'t be' -r -f -a "break-snapshot\t'The write goes on, the backup fails: exit status 6'
 break-guest-write\t'The write fails, the backup goes on'"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l reconnect-delay -d 'In how many seconds a lost NBD server must be back' -r
