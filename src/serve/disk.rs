@@ -342,7 +342,7 @@ impl Disk {
         self.writer.as_ref().map(|writer| writer.begin(range.offset, range.length)).transpose().map(Some)
     }
 
-    /// Makes a range of any length zeroes or unneeded, each stretch in a bracket of its own: a backup that freezes waits for the
+    /// Makes a range of any length zeroes or unneeded, each stretch in a bracket of its own: a freeze waits for one
     /// stretch alone. No protocol promises that so long a change is atomic.
     fn in_stretches(&self, range: ByteRange, change: impl Fn(ByteRange) -> io::Result<()>) -> io::Result<()> {
         let mut rest = range;

@@ -137,7 +137,7 @@ impl Session {
     fn supervise(mut self) -> Ending {
         let mut served = None;
         let mut cause = None;
-        // Only a second signal has no patience: a fault or `quit` before the first one is no reason to lose what was answered.
+        // Only a second signal has no patience: what was answered is not lost for a fault or a `quit` before the first.
         let mut signalled = false;
         loop {
             match (self.woken.recv(), cause) {
