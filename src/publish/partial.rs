@@ -233,6 +233,17 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_cannot_be_locked_is_not_left() {
+        with_folder(|folder, name| {
+            File::create_new(folder.path.join(name)).unwrap();
+            // Not open for writing.
+            let ours = File::open(folder.path.join(name)).unwrap();
+            assert!(folder.claim(name, ours).is_err());
+            assert!(!folder.path.join(name).exists());
+        });
+    }
+
+    #[test]
     fn a_leftover_that_another_backup_replaced_meanwhile_is_not_its_file() {
         with_folder(|folder, name| {
             let leftover = File::create_new(folder.path.join(name)).unwrap();
