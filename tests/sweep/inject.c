@@ -44,30 +44,47 @@
 #error "which registers are the arguments of a system call?"
 #endif
 
-/* In the sixth argument, which none of these calls has: the handler's own. */
+/* In the sixth argument, which none of these calls has: the handler's own. So mmap, preadv2, pwritev2 and
+ * copy_file_range, which have six, can't be trapped. Not trapped either: what reads flags of a descriptor, names, or
+ * what a file system can (F_GETFD, F_GETFL, F_SETFL, readlink, statfs, fstatfs), and fchown, which no run here calls. */
 #define MAGIC_LOW 0x5eed0d1fu
 #define MAGIC_HIGH 0x0ddba11eu
 #define MAGIC ((long)((uint64_t)MAGIC_HIGH << 32 | MAGIC_LOW))
 
-enum shape { BYTES, VECTORS, DESCRIPTOR, PATH_AT, PATH, NAME, CLOSE, LOCK, CLONE };
+enum shape { BYTES, VECTORS, DESCRIPTOR, PATH_AT, PATH, NAME, CLOSE, LOCK };
 
 static const struct call {
 	int number;
 	enum shape shape;
 	const char *kind;
+	/* Where the second argument chooses. */
+	long command;
 } calls[] = {
 	{SYS_pread64, BYTES, "read"},
 	{SYS_preadv, VECTORS, "read"},
 	{SYS_pwrite64, BYTES, "write"},
 	{SYS_pwritev, VECTORS, "write"},
+	{SYS_write, BYTES, "write"},
 	{SYS_ftruncate, DESCRIPTOR, "resize"},
 	{SYS_fallocate, DESCRIPTOR, "fallocate"},
 	{SYS_fsync, DESCRIPTOR, "flush"},
 	{SYS_fdatasync, DESCRIPTOR, "flush"},
 	{SYS_sync_file_range, DESCRIPTOR, "write-back"},
 	{SYS_lseek, DESCRIPTOR, "seek"},
-	{SYS_fcntl, LOCK, "lock"},
-	{SYS_ioctl, CLONE, "clone"},
+	{SYS_fcntl, LOCK, "lock", F_OFD_SETLK},
+	{SYS_fcntl, DESCRIPTOR, "lock-look", F_OFD_GETLK},
+	{SYS_fcntl, DESCRIPTOR, "duplicate", F_DUPFD_CLOEXEC},
+	{SYS_fcntl, DESCRIPTOR, "seal", F_ADD_SEALS},
+	{SYS_ioctl, DESCRIPTOR, "clone", 0x40049409}, /* FICLONE */
+	{SYS_fadvise64, DESCRIPTOR, "advice"},
+	{SYS_fchmod, DESCRIPTOR, "mode"},
+	{SYS_flistxattr, DESCRIPTOR, "attribute"},
+	{SYS_fgetxattr, DESCRIPTOR, "attribute"},
+	{SYS_fsetxattr, DESCRIPTOR, "attribute"},
+	{SYS_fremovexattr, DESCRIPTOR, "attribute"},
+	{SYS_fstat, DESCRIPTOR, "look"},
+	{SYS_newfstatat, PATH_AT, "look"},
+	{SYS_statx, PATH_AT, "look"},
 	{SYS_close, CLOSE, "close"},
 	{SYS_openat, PATH_AT, "open"},
 	{SYS_renameat, PATH_AT, "rename"},
@@ -125,7 +142,10 @@ static void path_of(const struct call *call, const long *a, char *path, size_t s
 		snprintf(path, size, "%s", (const char *)a[0]);
 		return;
 	case PATH_AT:
-		if (name[0] == '/' || (int)a[0] == AT_FDCWD) {
+		/* With an empty name it is the descriptor's own file. */
+		if (!name || !name[0]) {
+			path_of_descriptor((int)a[0], path, size);
+		} else if (name[0] == '/' || (int)a[0] == AT_FDCWD) {
 			snprintf(path, size, "%s", name);
 		} else if (path_of_descriptor((int)a[0], path, size)) {
 			size_t end = strlen(path);
@@ -133,11 +153,7 @@ static void path_of(const struct call *call, const long *a, char *path, size_t s
 		}
 		return;
 	case LOCK:
-		if ((int)a[1] == F_OFD_SETLK && ((struct flock *)a[2])->l_type != F_UNLCK)
-			path_of_descriptor((int)a[0], path, size);
-		return;
-	case CLONE:
-		if (((unsigned long)a[1] & 0xffffffff) == 0x40049409) /* FICLONE */
+		if (((struct flock *)a[2])->l_type != F_UNLCK)
 			path_of_descriptor((int)a[0], path, size);
 		return;
 	default:
@@ -209,22 +225,32 @@ static void note(const struct call *call, const char *path, const char *thread)
 {
 	char line[512];
 	int length = snprintf(line, sizeof line, "%s %s %s\n", call->kind, thread[0] ? thread : "-", path);
-	if (write(wanted.trace, line, length < (int)sizeof line ? length : (int)sizeof line - 1) != length)
+	if (length >= (int)sizeof line)
+		length = sizeof line - 1;
+	if (syscall(SYS_write, wanted.trace, line, length, 0, 0, MAGIC) != length)
 		abort();
+}
+
+/* Other commands of calls that have a few are made as they are. */
+static int is_trapped(const struct call *call, const siginfo_t *about, const long *a)
+{
+	return call->number == about->si_syscall && (!call->command || call->command == (a[1] & 0xffffffff));
 }
 
 static void on_trapped(int signal, siginfo_t *about, void *context)
 {
 	(void)signal;
 	ucontext_t *at = context;
-	const struct call *call = calls;
-	while (call < calls + CALLS && call->number != about->si_syscall)
-		call++;
-	if (call == calls + CALLS)
-		abort();
+	const struct call *call = calls, other = {.number = about->si_syscall};
 	long a[5];
 	for (int n = 0; n < 5; n++)
 		a[n] = ARGUMENT(at, n);
+	while (call < calls + CALLS && !is_trapped(call, about, a))
+		call++;
+	if (call == calls + CALLS) {
+		RESULT(at) = make(&other, a);
+		return;
+	}
 	int kept = errno;
 	char path[300], thread[17] = "";
 	path_of(call, a, path, sizeof path);
@@ -232,7 +258,8 @@ static void on_trapped(int signal, siginfo_t *about, void *context)
 	for (char *letter = thread; *letter; letter++)
 		if (*letter == ' ')
 			*letter = '-';
-	if (wanted.trace >= 0 && path[0] && strncmp(path, "/proc", 5))
+	/* Only its own open files are named in there. */
+	if (wanted.trace >= 0 && path[0] && (strncmp(path, "/proc", 5) || !strncmp(path, "/proc/self/fd/", 14)))
 		note(call, path, thread);
 	RESULT(at) = is_chosen(call, path, thread) ? answer(call, a) : make(call, a);
 	errno = kept;

@@ -124,7 +124,7 @@ impl Library {
     pub fn compile() -> Self {
         let folder = support::folder();
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sweep/inject.c");
-        let flags = "-std=c17 -Wall -Wextra -Werror -O1 -fPIC -shared -o".split(' ');
+        let flags = "-std=c17 -Wall -Wextra -Wno-missing-field-initializers -Werror -O1 -fPIC -shared -o".split(' ');
         let gcc = Command::new("gcc").args(flags).arg(folder.path().join("inject.so")).arg(source).output().unwrap();
         assert!(gcc.status.success(), "{}", String::from_utf8_lossy(&gcc.stderr));
         Self { folder }

@@ -35,10 +35,14 @@ const ALONE: &[Setup] = &[Raw, Direct, Qcow2, Compressed];
 const RAW: &[Setup] = &[Raw, Direct, LiveRaw];
 const IN_PLACE: &[Setup] = &[InPlace, LiveInPlace];
 const MEMORY: &[Setup] = &[LiveMemory];
+const PROOFS: &[Setup] = &[Setup::Manifest];
 
 pub const LINES: &[Line] = &[
     line(Place::Source, "open", OPENED, DEFAULT, NEW),
     line(Place::Source, "lock", &[Eagain, Eintr, Late], DEFAULT, ALONE),
+    line(Place::Source, "lock-look", &[Eio, Eintr, Late], DEFAULT, ALONE),
+    line(Place::Source, "duplicate", &[Emfile, Late], DEFAULT, ALONE),
+    line(Place::Source, "look", &[Eio, Late], DEFAULT, ALONE),
     line(Place::Source, "seek", &[Eio, Eintr, Late], DEFAULT, NEW),
     line(Place::Source, "read", &[Eio, Enospc, Eintr, Late, Half, Least], DEFAULT, NEW),
     line(Place::Source, "read", &[Eio], &[Policy::SourceIgnore, Policy::SourceStop], &[Raw, Qcow2, InPlace]),
@@ -59,6 +63,34 @@ pub const LINES: &[Line] = &[
     line(Place::Target, "rename", &[Eopnotsupp], DEFAULT, NEW),
     line(Place::Folder, "open", OPENED, DEFAULT, NEW),
     line(Place::Folder, "flush", &[Eio, Enospc, Eintr, Late], DEFAULT, NEW),
+    line(Place::Target, "unlink", &[Eio, Enospc, Late], DEFAULT, NEW),
+    line(Place::Target, "mode", &[Eio, Enospc, Late], DEFAULT, NEW),
+    line(Place::Target, "lock-look", &[Eio, Eintr, Late], DEFAULT, NEW),
+    line(Place::Target, "duplicate", &[Emfile, Late], DEFAULT, NEW),
+    line(Place::Target, "look", &[Eio, Late], DEFAULT, NEW),
+    line(Place::Old, "open", OPENED, DEFAULT, NEW),
+    line(Place::Old, "lock", &[Eintr, Late], DEFAULT, NEW),
+    line(Place::Old, "lock-look", &[Eio, Eintr, Late], DEFAULT, NEW),
+    line(Place::Old, "look", &[Eio, Late], DEFAULT, NEW),
+    line(Place::ReadBack, "open", OPENED, DEFAULT, &[Verify]),
+    line(Place::ReadBack, "seek", &[Eio, Eintr, Late], DEFAULT, &[Verify]),
+    line(Place::ReadBack, "read", &[Eio, Enospc], DEFAULT, &[Verify]),
+    line(Place::ReadBack, "read", MOVED_HARMLESSLY, DEFAULT, &[Verify]),
+    line(Place::ReadBack, "advice", &[Eio, Late], DEFAULT, &[Verify]),
+    line(Place::Manifest, "open", OPENED, DEFAULT, PROOFS),
+    line(Place::Manifest, "lock", &[Eintr, Late], DEFAULT, PROOFS),
+    line(Place::Manifest, "duplicate", &[Emfile, Late], DEFAULT, PROOFS),
+    line(Place::Manifest, "look", &[Eio, Late], DEFAULT, PROOFS),
+    line(Place::Manifest, "write", BROKEN, DEFAULT, PROOFS),
+    line(Place::Manifest, "write", MOVED_HARMLESSLY, DEFAULT, PROOFS),
+    line(Place::Manifest, "flush", &[Eio, Enospc, Eintr, Late], DEFAULT, PROOFS),
+    line(Place::Manifest, "close", BROKEN, DEFAULT, PROOFS),
+    line(Place::Manifest, "rename", &[Eio, Enospc, Late], DEFAULT, PROOFS),
+    line(Place::ManifestFolder, "open", OPENED, DEFAULT, PROOFS),
+    line(Place::ManifestFolder, "flush", &[Eio, Enospc, Eintr, Late], DEFAULT, PROOFS),
+    line(Place::Existing, "duplicate", &[Emfile, Late], DEFAULT, IN_PLACE),
+    line(Place::Existing, "lock-look", &[Eio, Eintr, Late], DEFAULT, IN_PLACE),
+    line(Place::Existing, "look", &[Eio, Late], DEFAULT, IN_PLACE),
     line(Place::Existing, "open", OPENED, DEFAULT, IN_PLACE),
     line(Place::Existing, "lock", &[Eagain, Eintr, Late], DEFAULT, IN_PLACE),
     line(Place::Existing, "write", BROKEN, DEFAULT, IN_PLACE),
@@ -80,10 +112,69 @@ pub const LINES: &[Line] = &[
     line(Place::Memory, "resize", &[Enomem, Eintr, Late], DEFAULT, MEMORY),
     line(Place::Memory, "write", BROKEN, ON_CBW_ERROR, MEMORY),
     line(Place::Memory, "write", MOVED_HARMLESSLY, DEFAULT, MEMORY),
+    line(Place::Memory, "read", BROKEN, ON_CBW_ERROR, MEMORY),
+    line(Place::Memory, "read", MOVED_HARMLESSLY, DEFAULT, MEMORY),
     line(Place::Memory, "fallocate", &[Eio, Eintr, Late], DEFAULT, MEMORY),
     line(Place::Bitmap, "create", &[Emfile, Enomem, Late], DEFAULT, LIVE),
     line(Place::Bitmap, "resize", &[Enomem, Eintr, Late], DEFAULT, LIVE),
+    line(Place::Bitmap, "seal", &[Enomem, Late], DEFAULT, LIVE),
+    line(Place::Ring, "seal", &[Enomem, Late], DEFAULT, LIVE),
     line(Place::Ring, "create", &[Emfile, Enomem, Late], DEFAULT, LIVE),
     line(Place::Ring, "resize", &[Enomem, Eintr, Late], DEFAULT, LIVE),
     line(Place::Ring, "fallocate", &[Enomem, Enospc, Eintr, Late], DEFAULT, LIVE),
+];
+
+/// Kinds of calls that are seen and not tried.
+pub struct Exemption {
+    pub call: &'static str,
+    pub places: &'static [Place],
+    pub why: &'static str,
+}
+
+pub const EXEMPTIONS: &[Exemption] = &[
+    Exemption {
+        call: "close",
+        places: &[
+            Place::Source,
+            Place::Folder,
+            Place::Old,
+            Place::ManifestFolder,
+            Place::Existing,
+            Place::Overlay,
+            Place::Memory,
+            Place::Ring,
+            Place::Bitmap,
+        ],
+        why: "it tells of nothing: what was read is there, what was written is flushed or thrown away",
+    },
+    Exemption {
+        call: "attribute",
+        places: &[Place::Old, Place::Target],
+        why: "what is not kept is a warning, of which src/publish/tests.rs has a test",
+    },
+];
+
+/// All that `inject.c` traps.
+pub const KINDS: &[&str] = &[
+    "read",
+    "write",
+    "resize",
+    "fallocate",
+    "flush",
+    "write-back",
+    "seek",
+    "lock",
+    "lock-look",
+    "duplicate",
+    "seal",
+    "clone",
+    "advice",
+    "mode",
+    "attribute",
+    "look",
+    "close",
+    "open",
+    "rename",
+    "unlink",
+    "create",
 ];

@@ -19,10 +19,10 @@ mod table;
 mod trail;
 
 use inject::{Fault, Library, When};
-use lines::{LINES, Line};
-use rule::{Policy, promised};
+use lines::{EXEMPTIONS, KINDS, LINES, Line};
+use rule::{Place, Policy, promised};
 use stage::{Case, Setup, Stage};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -36,9 +36,17 @@ fn is_wide() -> bool {
 const POSITIONS: u64 = 6;
 
 /// From the first to the last, every k-th, and where that makes sense all of them.
-fn positions(count: u64, call: &str, fault: Fault, policy: Policy) -> Vec<When> {
-    // Which of them tells of lost writes is the command's business.
-    if call == "close" {
+fn positions(count: u64, place: Place, call: &str, fault: Fault, policy: Policy) -> Vec<When> {
+    let is_failing = !matches!(fault, Fault::Eintr | Fault::Late);
+    // Which of them tells of lost writes, or decides something, is the command's business.
+    let is_any = match call {
+        "close" => true,
+        "look" => place != Place::Target,
+        // The last is made when the copy has its name.
+        "duplicate" => place == Place::Manifest,
+        _ => place == Place::ReadBack && call == "open",
+    };
+    if is_any && is_failing {
         return vec![(1, u64::MAX)];
     }
     let step = count.div_ceil(POSITIONS).max(1);
@@ -49,6 +57,8 @@ fn positions(count: u64, call: &str, fault: Fault, policy: Policy) -> Vec<When> 
         Policy::SourceIgnore | Policy::TargetIgnore => return firsts.into_iter().map(|n| (n, u64::MAX)).collect(),
         // Who lets go in time was not in the way.
         _ if fault == Fault::Eagain => return firsts.into_iter().map(|n| (n, u64::MAX)).collect(),
+        // If none shows what the partial file is, it is not removed: it may be another backup's.
+        _ if call == "look" => {}
         // Each time it stops anew.
         Policy::SourceStop | Policy::TargetStop | Policy::TargetEnospc => {}
         // What is tried again, or falls short, for ever is not done each time; nor are all ways closed that there are.
@@ -67,7 +77,7 @@ fn cases(line: &Line, fault: Fault, policy: Policy, turn: usize, counts: &Counts
     let of = |&setup: &Setup| {
         let count = counts.count(setup, line);
         assert!(count > 0, "{setup:?}: no {} of {:?} in a good run", line.call, line.place);
-        positions(count, line.call, fault, policy).into_iter().map(|when| (setup, when)).collect::<Vec<_>>()
+        positions(count, line.place, line.call, fault, policy).into_iter().map(|when| (setup, when)).collect::<Vec<_>>()
     };
     let all: Vec<Vec<(Setup, When)>> = line.setups.iter().map(of).collect();
     let few = || {
@@ -105,6 +115,33 @@ impl Counts {
         let (stage, trace) = &self.0[&setup];
         stage.count(trace, line.place, line.call)
     }
+}
+
+/// Panics unless each kind of call at each place is tried, or exempt for a reason that still holds.
+fn assert_all_are_tried(counts: &Counts) {
+    let mut untried: BTreeMap<(Place, &str), Vec<Setup>> = BTreeMap::new();
+    for (&setup, (stage, trace)) in &counts.0 {
+        for line in trace.lines() {
+            let kind = KINDS.iter().find(|&&kind| line.split(' ').next() == Some(kind));
+            let kind = kind.unwrap_or_else(|| panic!("a call of no known kind: {line}"));
+            let places = stage.places(kind, line);
+            let is_tried = |&place: &Place| LINES.iter().any(|line| (line.place, line.call) == (place, *kind));
+            if let Some(&place) = places.first()
+                && !places.iter().any(is_tried)
+            {
+                untried.entry((place, kind)).or_default().push(setup);
+            }
+        }
+    }
+    let exempt: BTreeSet<(Place, &str)> =
+        EXEMPTIONS.iter().flat_map(|exempt| exempt.places.iter().map(|&place| (place, exempt.call))).collect();
+    assert!(EXEMPTIONS.iter().all(|exempt| !exempt.why.is_empty()));
+    let seen: BTreeSet<_> = untried.keys().copied().collect();
+    untried.retain(|call, _| !exempt.contains(call));
+    untried.values_mut().for_each(|setups| setups.dedup());
+    assert!(untried.is_empty(), "seen, and neither in LINES nor in EXEMPTIONS: {untried:?}");
+    let stale: Vec<_> = exempt.difference(&seen).collect();
+    assert!(stale.is_empty(), "exempt, and tried or never seen: {stale:?}");
 }
 
 /// Tries `case`; where the run did not come so far this time, at an earlier call. How often the fault happened.
@@ -185,6 +222,7 @@ fn each_fault_at_each_place_ends_as_promised() {
     setups.sort();
     setups.dedup();
     let counts = Counts::of(&library, &setups);
+    assert_all_are_tried(&counts);
     let rows = rows(&counts);
     let runs: Vec<(usize, &Case)> =
         rows.iter().enumerate().flat_map(|(at, (_, cases))| cases.iter().map(move |case| (at, case))).collect();

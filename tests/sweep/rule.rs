@@ -14,6 +14,14 @@ pub enum Place {
     Target,
     /// The folder of the new target.
     Folder,
+    /// The file that it replaces, under the final name.
+    Old,
+    /// The new target when it is read back.
+    ReadBack,
+    /// The manifest, before and after it has its name.
+    Manifest,
+    /// The folder of the manifest.
+    ManifestFolder,
     /// A target that is written in place.
     Existing,
     /// The overlay in a folder.
@@ -27,12 +35,32 @@ pub enum Place {
 }
 
 impl Place {
+    pub const ALL: [Self; 13] = [
+        Self::Source,
+        Self::Capture,
+        Self::Target,
+        Self::Folder,
+        Self::Old,
+        Self::ReadBack,
+        Self::Manifest,
+        Self::ManifestFolder,
+        Self::Existing,
+        Self::Overlay,
+        Self::Memory,
+        Self::Ring,
+        Self::Bitmap,
+    ];
+
     pub fn name(self) -> &'static str {
         match self {
             Self::Source => "source",
             Self::Capture => "source, in a capture",
             Self::Target => "new target",
             Self::Folder => "target's folder",
+            Self::Old => "target that is replaced",
+            Self::ReadBack => "new target, read back",
+            Self::Manifest => "manifest",
+            Self::ManifestFolder => "manifest's folder",
             Self::Existing => "existing target",
             Self::Overlay => "overlay in a folder",
             Self::Memory => "overlay in memory",
@@ -77,6 +105,12 @@ pub enum Name {
     Copy,
     /// The same, but for ranges that are listed.
     CopyBut,
+    /// The same, without its manifest.
+    CopyAlone,
+    /// The same, and the old target beside it, of which is warned.
+    CopyBesideOld,
+    /// What was there before, and the copy under its bad name.
+    OldBesideBad,
     /// Written in place, and said to be incomplete.
     Incomplete,
 }
@@ -87,6 +121,9 @@ impl Name {
             Self::Old => "what it had",
             Self::Copy => "the copy",
             Self::CopyBut => "the copy but for listed ranges",
+            Self::CopyAlone => "the copy, without a manifest",
+            Self::CopyBesideOld => "the copy, and a warning that the old one is beside it",
+            Self::OldBesideBad => "what it had, the copy under its bad name",
             Self::Incomplete => "incomplete",
         }
     }
@@ -116,6 +153,7 @@ const REFUSED_BY_ARGUMENTS: Promise = ends(2, Name::Old);
 const SOURCE_FAILED: Promise = ends(4, Name::Old);
 const TARGET_FAILED: Promise = ends(5, Name::Old);
 const INSTANT_LOST: Promise = ends(6, Name::Old);
+const DIFFERS: Promise = ends(7, Name::OldBesideBad);
 const BUSY: Promise = ends(8, Name::Old);
 
 /// The one outcome of a fault of one call of this kind.
@@ -147,7 +185,7 @@ pub fn promised(place: Place, call: &str, fault: Fault, policy: Policy) -> Promi
             _ => ends(5, Name::Incomplete),
         },
         // What could not be opened was not touched.
-        (Place::Existing, "open") => TARGET_FAILED,
+        (Place::Existing, "open" | "duplicate" | "look" | "lock-look") => TARGET_FAILED,
         (Place::Existing, _) => ends(5, Name::Incomplete),
         (Place::Target, "write") => match policy {
             Policy::TargetIgnore => ends(3, Name::CopyBut),
@@ -155,7 +193,17 @@ pub fn promised(place: Place, call: &str, fault: Fault, policy: Policy) -> Promi
             Policy::TargetEnospc if fault == Enospc => COMPLETE,
             _ => TARGET_FAILED,
         },
+        (Place::Target, "unlink") => ends(0, Name::CopyBesideOld),
         (Place::Target | Place::Folder, _) => TARGET_FAILED,
+        // It is replaced like any other, without a way back.
+        (Place::Old, "open") => COMPLETE,
+        (Place::Old, _) => TARGET_FAILED,
+        // What can't say its holes is read whole.
+        (Place::ReadBack, "seek") => COMPLETE,
+        (Place::ReadBack, _) => DIFFERS,
+        // By then the copy has its name.
+        (Place::Manifest, "flush" | "close" | "rename") | (Place::ManifestFolder, "flush") => ends(5, Name::CopyAlone),
+        (Place::Manifest | Place::ManifestFolder, _) => TARGET_FAILED,
         // Another folder may do; nothing was touched.
         (Place::Overlay | Place::Memory, "open" | "create" | "resize") => REFUSED_BY_ARGUMENTS,
         // Its space stays used.

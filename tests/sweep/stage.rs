@@ -11,7 +11,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 const OLD: &[u8] = b"what was there before";
@@ -33,6 +34,8 @@ pub enum Setup {
     InPlace,
     /// So much that write-back is begun before the end.
     Large,
+    Verify,
+    Manifest,
     /// Beside a program that writes as fast as it can.
     LiveRaw,
     LiveQcow2,
@@ -58,7 +61,8 @@ impl Setup {
 
     fn flags(self) -> &'static [&'static str] {
         match self {
-            Self::Raw | Self::Large | Self::LiveRaw | Self::LiveMemory => &[],
+            Self::Raw | Self::Large | Self::Manifest | Self::LiveRaw | Self::LiveMemory => &[],
+            Self::Verify => &["--verify"],
             Self::Direct => &["--direct", "--sparse=never"],
             Self::Qcow2 | Self::LiveQcow2 => &["--cluster-size", "4K"],
             Self::Compressed => &["--compress", "zstd"],
@@ -127,6 +131,10 @@ impl Stage {
         self.path("out").join("copy")
     }
 
+    fn manifest(&self) -> PathBuf {
+        self.path("proofs").join("manifest")
+    }
+
     fn length(&self) -> u64 {
         std::fs::metadata(self.path("disk")).unwrap().len()
     }
@@ -137,31 +145,47 @@ impl Stage {
     }
 
     fn reset(&self) {
-        let _ = std::fs::remove_dir_all(self.path("out"));
+        for folder in ["out", "proofs"].map(|name| self.path(name)) {
+            let _ = std::fs::remove_dir_all(&folder);
+            std::fs::create_dir(folder).unwrap();
+        }
         let _ = std::fs::remove_file(self.path("counts"));
-        std::fs::create_dir(self.path("out")).unwrap();
         std::fs::write(self.target(), self.old()).unwrap();
     }
 
-    fn calls(&self, place: Place, kind: &'static str) -> Calls {
-        let (disk, out) = (text(&self.path("disk")).to_owned(), text(&self.path("out")).to_owned());
-        let (path, thread) = match place {
-            Place::Source => (disk, Some("!trap")),
-            Place::Capture => (disk, Some("trap")),
-            Place::Target => (format!("{out}/.copy*"), None),
-            Place::Folder => (out, None),
-            Place::Existing => (format!("{out}/copy"), None),
-            Place::Overlay => (format!("{}*", text(&self.path("overlay"))), None),
-            Place::Memory => ("/memfd:drive-backup-overlay*".to_owned(), None),
-            Place::Ring => ("/memfd:drive-backup-ring*".to_owned(), None),
-            Place::Bitmap => ("/memfd:drive-backup-free*".to_owned(), None),
-        };
-        Calls { kind, path, thread }
+    /// Where the calls of a place are seen; `None`: this setup does not have it.
+    fn calls(&self, place: Place, kind: &'static str) -> Option<Calls> {
+        let [disk, out, overlay, proofs] =
+            ["disk", "out", "overlay", "proofs"].map(|name| text(&self.path(name)).to_owned());
+        let of = |path: String, thread| Some(Calls { kind, path, thread });
+        match place {
+            Place::Source => of(disk, Some("!trap")),
+            Place::Capture => of(disk, Some("trap")),
+            Place::ReadBack if self.setup != Setup::Verify => None,
+            // By a name that other threads can't take away.
+            Place::ReadBack if kind == "open" => of("/proc/self/fd/*".to_owned(), None),
+            Place::ReadBack | Place::Target => of(format!("{out}/.copy*"), None),
+            Place::Folder => of(out, None),
+            Place::Existing | Place::Old if (place == Place::Existing) != self.setup.is_in_place() => None,
+            Place::Existing | Place::Old => of(format!("{out}/copy"), None),
+            Place::Manifest => of(format!("{proofs}/*"), None),
+            Place::ManifestFolder => of(proofs, None),
+            Place::Overlay => of(format!("{overlay}*"), None),
+            Place::Memory => of("/memfd:drive-backup-overlay*".to_owned(), None),
+            Place::Ring => of("/memfd:drive-backup-ring*".to_owned(), None),
+            Place::Bitmap => of("/memfd:drive-backup-free*".to_owned(), None),
+        }
+    }
+
+    /// The places where a call of the trace is seen.
+    pub fn places(&self, kind: &'static str, line: &str) -> Vec<Place> {
+        let is_there = |&place: &Place| self.calls(place, kind).is_some_and(|calls| calls.count(line) == 1);
+        Place::ALL.into_iter().filter(is_there).collect()
     }
 
     fn arguments(&self, policy: Policy, bound: u64, json: bool) -> Vec<String> {
         let (disk, target, meet) = (self.path("disk"), self.target(), self.path("meet"));
-        let (overlay, bound) = (self.path("overlay"), bound.to_string());
+        let (overlay, manifest, bound) = (self.path("overlay"), self.manifest(), bound.to_string());
         let mut arguments = vec!["--device", text(&disk), "--target", text(&target), "--writer-dir", text(&meet)];
         arguments.extend([
             "--source-format",
@@ -180,6 +204,9 @@ impl Stage {
         arguments.extend(self.setup.flags().iter().chain(policy.flags()));
         if self.setup.format() == Format::Qcow2 {
             arguments.extend(["--format", "qcow2"]);
+        }
+        if self.setup == Setup::Manifest {
+            arguments.extend(["--manifest", text(&manifest)]);
         }
         if json {
             arguments.push("--json");
@@ -205,7 +232,7 @@ impl Stage {
 
     /// How many calls a good run makes.
     pub fn count(&self, trace: &str, place: Place, call: &'static str) -> u64 {
-        self.calls(place, call).count(trace)
+        self.calls(place, call).map_or(0, |calls| calls.count(trace))
     }
 
     /// Tries `case`. What it was, if the fault happened; panics unless it was what is promised.
@@ -241,7 +268,8 @@ impl Stage {
         let bound = if case.fault == Fault::TooLate { SHORT_BOUND } else { BOUND };
         let arguments = self.arguments(case.policy, bound, case.json);
         let prepared = library.command(&arguments, self.folder.path());
-        let mut prepared = prepared.with(&self.calls(case.place, case.call), case.fault, case.when);
+        let calls = self.calls(case.place, case.call).expect("a place of this setup");
+        let mut prepared = prepared.with(&calls, case.fault, case.when);
         let (ended, records) = ended(&mut prepared, case.json);
         let mut failures = Vec::new();
         let written = typist.zip(before).map(|(typist, before)| {
@@ -284,11 +312,23 @@ impl Stage {
     }
 
     fn look_at_target(&self, promise: Promise, seen: &Seen, what: &str) {
-        assert_eq!(names(&self.path("out")), ["copy"], "{what}");
+        let beside: &[&str] = match promise.name {
+            Name::CopyBesideOld => &[".copy.drive-backup-partial", "copy"],
+            Name::OldBesideBad => &["copy", "copy.drive-backup-bad"],
+            _ => &["copy"],
+        };
+        assert_eq!(names(&self.path("out")), beside, "{what}");
+        let is_proved = self.setup == Setup::Manifest && matches!(promise.code, 0 | 3);
+        assert_eq!(names(&self.path("proofs")).len(), usize::from(is_proved), "{what}");
         match promise.name {
-            Name::Old => assert!(read(&self.target()) == self.old(), "{what}"),
+            Name::Old | Name::OldBesideBad => assert!(read(&self.target()) == self.old(), "{what}"),
             Name::Incomplete => assert_eq!(read(&self.target()).len() as u64, self.length(), "{what}"),
-            Name::Copy | Name::CopyBut => {
+            Name::Copy | Name::CopyBut | Name::CopyAlone | Name::CopyBesideOld => {
+                if is_proved {
+                    let manifest: Value = serde_json::from_slice(&read(&self.manifest())).unwrap();
+                    let whole = blake3::hash(&read(&self.path("disk"))).to_hex();
+                    assert_eq!(manifest["blake3"], whole.as_str(), "{what}");
+                }
                 let copy = kit::disk_of(&self.target(), self.setup.format(), self.length());
                 if self.setup.format() == Format::Qcow2 {
                     sound(&self.target());
@@ -330,9 +370,17 @@ fn ended(prepared: &mut Prepared, json: bool) -> (Ended, Vec<Value>) {
         return (running.ended(), Vec::new());
     }
     let stdout = BufReader::new(running.child().stdout.take().unwrap());
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || stdout.lines().map(Result::unwrap).try_for_each(|line| sender.send(line)));
     let mut records: Vec<Value> = Vec::new();
-    for line in stdout.lines() {
-        let line = line.unwrap();
+    let since = Instant::now();
+    loop {
+        // One that hangs still tells its status.
+        let line = match lines.recv_timeout(kit::HANGS.saturating_sub(since.elapsed())) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => panic!("{:?} does not end: {records:?}", prepared.command),
+        };
         let record: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"));
         if record["message_type"] == "error" && record["action"] == "stop" {
             running.signal(Signal::SIGCONT);
@@ -349,8 +397,13 @@ impl Seen {
         assert!(stderr.lines().all(|line| line.starts_with("drive-backup: ")), "{what}");
         if !case.json {
             assert!(self.ended.stdout.is_empty(), "{what}");
-            let lines = usize::from(promise.code != 0);
-            assert_eq!(stderr.lines().count(), lines, "{what}");
+            let lines = match promise.name {
+                // Where it could not be read is told of, too.
+                Name::OldBesideBad => 1..=2,
+                Name::CopyBesideOld => 1..=1,
+                _ => usize::from(promise.code != 0)..=usize::from(promise.code != 0),
+            };
+            assert!(lines.contains(&stderr.lines().count()), "{what}");
             return;
         }
         let is_last = |record: &&Value| record["message_type"] == "summary" || record["message_type"] == "exit_error";
@@ -361,7 +414,9 @@ impl Seen {
         assert_eq!(last["message_type"] == "summary", is_success, "{what}");
         let begun = self.records.iter().any(|record| record["message_type"] == "start");
         match promise.name {
-            Name::Copy | Name::CopyBut => assert!(last.get("target_state").is_none(), "{what}"),
+            Name::Copy | Name::CopyBut | Name::CopyBesideOld => assert!(last.get("target_state").is_none(), "{what}"),
+            Name::CopyAlone => assert_eq!(last["target_state"], "complete", "{what}"),
+            Name::OldBesideBad => assert_eq!(last["target_state"], "kept_bad", "{what}"),
             Name::Incomplete => assert_eq!(last["target_state"], "incomplete", "{what}"),
             Name::Old => {
                 assert_eq!(last["target_state"], if begun { "removed" } else { "untouched" }, "{what}");
