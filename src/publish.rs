@@ -163,13 +163,26 @@ impl Publish {
     /// had before; where that is not possible the error says so, and [`Remover::is_removed`] is false.
     /// [`Kind::Cancelled`] when it was removed meanwhile.
     pub fn commit(self, fsync: bool) -> Result<Vec<String>> {
-        let mut warnings = self.take_over_mode().map_err(|e| self.failed("set the mode of", e))?;
+        let mut warnings = self.prepare(fsync)?;
+        warnings.extend(self.take_name(fsync)?);
+        Ok(warnings)
+    }
+
+    /// The first half of [`Publish::commit`], which changes no name: mode, owner and attributes, the flush, the close.
+    pub fn prepare(&self, fsync: bool) -> Result<Vec<String>> {
+        let warnings = self.take_over_mode().map_err(|e| self.failed("set the mode of", e))?;
         if fsync {
             self.steps.flush(&self.file).map_err(|e| self.failed("flush", e))?;
         }
         // A network file system reports at the close what it could not write; the lock stays with the other descriptor.
         let descriptor = self.file()?;
         self.steps.close(descriptor).map_err(|e| self.failed("close", e))?;
+        Ok(warnings)
+    }
+
+    /// The second half of [`Publish::commit`]: the name.
+    pub fn take_name(self, fsync: bool) -> Result<Vec<String>> {
+        let mut warnings = Vec::new();
         self.place.pass(WRITING, PUBLISHING)?;
         if fsync { self.put_durably(&mut warnings) } else { self.put() }?;
         self.place.phase.store(PUBLISHED, Ordering::Release);

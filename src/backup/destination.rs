@@ -441,13 +441,13 @@ impl Destination {
     }
 
     /// Writes the manifest, to be published after the copy. With `fsync` it is on stable storage afterwards: what can fail
-    /// of it fails before the copy has its name.
-    pub fn write_manifest(&self, bytes: &[u8], fsync: bool) -> Result<()> {
-        let Some(publish) = &self.manifest else { return Ok(()) };
+    /// of it fails before the copy has its name. Returns warnings.
+    pub fn write_manifest(&self, bytes: &[u8], fsync: bool) -> Result<Vec<Warning>> {
+        let Some(publish) = &self.manifest else { return Ok(Vec::new()) };
         let failed =
             |e| Error::new(Kind::Target, format!("write manifest '{}': {}", publish.target().display(), reason(&e)));
-        let mut file = publish.file()?;
-        file.write_all(bytes).and_then(|()| if fsync { file.sync_all() } else { Ok(()) }).map_err(failed)
+        publish.file()?.write_all(bytes).map_err(failed)?;
+        Ok(publish_warnings(publish.prepare(fsync)?))
     }
 
     /// Gives the complete copy its name, and the manifest its own. Returns warnings. What is there after an error is said
@@ -464,9 +464,9 @@ impl Destination {
         if let Some(manifest) = self.manifest {
             let about =
                 |error: Error| Error::new(error.kind(), format!("the copy is complete, its manifest is not: {error}"));
-            warnings.extend(manifest.commit(fsync).map_err(|error| (about(error), TargetState::Complete))?);
+            warnings.extend(manifest.take_name(fsync).map_err(|error| (about(error), TargetState::Complete))?);
         }
-        Ok(warnings.into_iter().map(|message| Warning::general("publish", message)).collect())
+        Ok(publish_warnings(warnings))
     }
 
     /// Ends a copy that failed with `error`; one that `is_bad`, since it is not what was written, is kept, under a name of
@@ -481,6 +481,10 @@ impl Destination {
             _ => (error, state),
         }
     }
+}
+
+fn publish_warnings(messages: Vec<String>) -> Vec<Warning> {
+    messages.into_iter().map(|message| Warning::general("publish", message)).collect()
 }
 
 /// Refuses a target of a size that does not fit; a warning where it is larger and may be.

@@ -266,7 +266,8 @@ fn proven_copy(
     }
     if options.proof.manifest.is_some() {
         let story = proof::story(taken, origin, destination, &losses);
-        destination.write_manifest(&proven.manifest(story)?, options.fsync)?;
+        let warnings = destination.write_manifest(&proven.manifest(story)?, options.fsync)?;
+        warnings.iter().for_each(|warning| disk.monitor.event(Event::Warning(warning)));
     }
     Ok(Copied { losses, consistent, whole: proven.whole })
 }

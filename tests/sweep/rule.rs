@@ -202,7 +202,7 @@ pub fn promised(place: Place, call: &str, fault: Fault, policy: Policy) -> Promi
         (Place::ReadBack, "seek") => COMPLETE,
         (Place::ReadBack, _) => DIFFERS,
         // By then the copy has its name.
-        (Place::Manifest, "flush" | "close" | "rename") | (Place::ManifestFolder, "flush") => ends(5, Name::CopyAlone),
+        (Place::Manifest, "rename") | (Place::ManifestFolder, "flush") => ends(5, Name::CopyAlone),
         (Place::Manifest | Place::ManifestFolder, _) => TARGET_FAILED,
         // Another folder may do; nothing was touched.
         (Place::Overlay | Place::Memory, "open" | "create" | "resize") => REFUSED_BY_ARGUMENTS,
