@@ -196,7 +196,7 @@ fn a_manifest_that_cannot_be_flushed_fails_before_the_copy_has_its_name() {
     lab.flags = vec!["--manifest".to_owned(), text(&manifest).to_owned()];
     let partial = lab.folder.path().join(".m.json.drive-backup-partial");
     let watched = watched(&["-e", "inject=fsync:error=EIO:when=1"], &[&partial], &lab.arguments());
-    let why = format!("write manifest '{}': Input/output error; the partial copy was removed", manifest.display());
+    let why = format!("flush target '{}': Input/output error; the partial copy was removed", manifest.display());
     watched.ended.fails(5, &why);
     lab.is_untouched();
     assert!(!manifest.exists());

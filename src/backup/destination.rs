@@ -153,9 +153,8 @@ impl Destination {
     /// Begins the manifest, under no name yet.
     fn with_manifest(self, options: &Options, origin: &Origin) -> Result<Self> {
         let Some(path) = &options.proof.manifest else { return Ok(self) };
-        let about = |error: Error| Error::new(error.kind(), format!("manifest: {error}"));
-        origin.refuse_as_target(path).map_err(about)?;
-        Ok(Self { manifest: Some(Publish::begin(path).map_err(about)?), ..self })
+        origin.refuse_as_target(path).map_err(of_manifest)?;
+        Ok(Self { manifest: Some(Publish::begin(path).map_err(of_manifest)?), ..self })
     }
 
     fn stream(length: u64) -> Result<Self> {
@@ -447,7 +446,7 @@ impl Destination {
         let failed =
             |e| Error::new(Kind::Target, format!("write manifest '{}': {}", publish.target().display(), reason(&e)));
         publish.file()?.write_all(bytes).map_err(failed)?;
-        Ok(publish_warnings(publish.prepare(fsync)?))
+        Ok(publish_warnings(publish.prepare(fsync).map_err(of_manifest)?))
     }
 
     /// Gives the complete copy its name, and the manifest its own. Returns warnings. What is there after an error is said
@@ -481,6 +480,10 @@ impl Destination {
             _ => (error, state),
         }
     }
+}
+
+fn of_manifest(error: Error) -> Error {
+    Error::new(error.kind(), format!("manifest: {error}"))
 }
 
 fn publish_warnings(messages: Vec<String>) -> Vec<Warning> {
