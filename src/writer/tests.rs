@@ -1,26 +1,32 @@
-//! What a writer does when its service thread does nothing: no test here has one.
+//! What a writer does when its service thread does nothing: one test here has one.
 
 use super::*;
 use crate::ground::cluster::ClusterSize;
-use crate::ring::packet::Attach;
+use crate::ring::packet::{Attach, Packet};
 use crate::ring::shm::{Bits, Ring};
+use crate::ring::socket::{self, Received};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::cell::RefCell;
 use std::convert::Infallible;
+use std::os::fd::AsFd;
 use std::thread;
 
 const BOUND: Duration = Duration::from_millis(50);
 
-/// The backup's end is kept, so that it does not hang up.
-fn attached() -> (Arc<Shared>, Arc<Session>, Ring, OwnedFd) {
-    let terms = Attach {
+fn terms() -> Attach {
+    Attach {
         announcement: 1,
         length: 1 << 20,
         cluster_size: ClusterSize::new(4096),
         freeze_timeout: BOUND,
         cbw_timeout: BOUND,
         trap_at_once: false,
-    };
+    }
+}
+
+/// The backup's end is kept, so that it does not hang up.
+fn attached() -> (Arc<Shared>, Arc<Session>, Ring, OwnedFd) {
+    let terms = terms();
     let (backup, ring) = Ring::create().unwrap();
     let (_bits, bits) = Bits::create(terms.bitmap_bytes()).unwrap();
     let flags = SocketFlags::CLOEXEC;
@@ -89,6 +95,43 @@ fn a_write_that_begins_in_a_freeze_rings_the_bell_since_it_was_counted() {
     freeze(&shared);
     shared.enter(0, 1).unwrap();
     assert!(rustix::io::read(&shared.bell, &mut [0; 8]).is_ok());
+}
+
+#[test]
+fn no_freeze_begins_while_a_write_waits_for_the_end_of_an_earlier_one() {
+    let place = tempfile::tempdir().unwrap();
+    let (disk, folder) = (place.path().join("disk"), place.path().join("writers"));
+    std::fs::write(&disk, "").unwrap();
+    let writer = Writer::open_in(&disk, &folder).unwrap();
+    let asks_for_a_freeze = || {
+        let (folder, disk) = (Folder::open(&folder).unwrap(), Disk::at(&disk).unwrap());
+        let number = folder.writers(disk).unwrap()[0];
+        let backup = folder.connect(disk, number, Duration::from_secs(30)).unwrap().unwrap();
+        let terms = Attach { freeze_timeout: Duration::from_secs(60), ..terms() };
+        let (ring, bits) = (Ring::create().unwrap().1, Bits::create(terms.bitmap_bytes()).unwrap().1);
+        socket::send(&backup, &Packet::Attach(terms), &[ring.as_fd(), bits.as_fd()]).unwrap();
+        socket::send(&backup, &Packet::Freeze, &[]).unwrap();
+        assert_eq!(heard(&backup), Packet::Attached);
+        backup
+    };
+    // It has not woken up yet.
+    writer.shared.waiting.fetch_add(1, Ordering::SeqCst);
+    let backup = asks_for_a_freeze();
+    socket::send(&backup, &Packet::Thaw { trap: false }, &[]).unwrap();
+    assert_eq!(heard(&backup), Packet::Thawed { held: false }, "before it was frozen");
+    let backup = asks_for_a_freeze();
+    writer.shared.waiting.fetch_sub(1, Ordering::SeqCst);
+    // Another one, the last to come in.
+    assert_eq!(writer.shared.enter_after_thaw(0), Passage::Open);
+    writer.leave();
+    assert_eq!(heard(&backup), Packet::Frozen);
+}
+
+fn heard(backup: &OwnedFd) -> Packet {
+    match socket::receive(backup).unwrap() {
+        Received::Packet(packet, _) => packet,
+        other => panic!("{other:?}"),
+    }
 }
 
 /// Backup 1 has attached, 2 does not come, 3 announces itself when the writer has looked, and finds it.
