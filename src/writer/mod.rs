@@ -76,8 +76,8 @@ struct Shared {
     attached: Mutex<Vec<u64>>,
     arrived: Condvar,
     quiesce: Arc<Mutex<Option<Quiesce>>>,
-    /// Writes that wait for a thaw. The next freeze begins when they have come in: one backup after the other would hold
-    /// them for ever.
+    /// Writes that wait for a thaw. The next freeze begins when they have come in: one backup after the other would
+    /// hold them for ever.
     waiting: AtomicUsize,
     bell: OwnedFd,
     stop: AtomicBool,
