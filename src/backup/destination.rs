@@ -3,9 +3,12 @@
 use super::Disk;
 #[cfg(feature = "nbd")]
 use super::foreign::{self, Unmade};
-use super::options::{Mode, Options, SyncMode, Target};
+use super::options::{Mode, Options, Target};
 use super::origin::Origin;
 use super::outcome::TargetState;
+use super::target_format::{
+    as_source, foreign_in_place, format_of_content, refuse_qcow2_options, refuse_without_backing,
+};
 use crate::error::{Error, Kind, Result, Side, reason};
 use crate::image::Image;
 use crate::image::changed::Changed;
@@ -20,7 +23,6 @@ use crate::image::null::Null;
 #[cfg(feature = "nbd")]
 use crate::image::open::open_elsewhere;
 use crate::image::open::{SourceOptions, open_backing, open_source};
-use crate::image::probe::{self, probe};
 use crate::image::qcow2::{CreateOptions, ExistingQcow2, NewQcow2};
 #[cfg(feature = "nbd")]
 use crate::image::qemu::{Qemu, Remote};
@@ -526,79 +528,9 @@ fn new_qcow2(file: Arc<dyn Image>, options: &Options, origin: &Origin) -> Result
     }
 }
 
-/// Of a part of a disk the rest has to be somewhere: behind a new target. One that is there has what it needs, if it can.
-fn refuse_without_backing(options: &Options, path: &Path, origin: &Origin) -> Result<()> {
-    let may_be_any = options.mode == Mode::Existing && options.sync != SyncMode::None;
-    if origin.backing().is_none() || may_be_any {
-        return Ok(());
-    }
-    let format = match (options.format, options.mode) {
-        (Some(format), _) => format,
-        (None, Mode::Existing) => format_of_content(&Raw::open(path, Side::Target)?, path)?,
-        (None, Mode::AbsolutePaths) => Format::of_extension(path).unwrap_or_else(|| as_source(origin)),
-    };
-    match format {
-        Format::Qcow2 => Ok(()),
-        // QEMU's words.
-        _ => Err(Error::new(Kind::Usage, format!("Backing file not supported for file format '{format}'"))),
-    }
-}
-
-/// As the source is, if that can be written.
-fn as_source(origin: &Origin) -> Format {
-    match origin.format() {
-        Format::Foreign(foreign) if !foreign.is_writable() => Format::Raw,
-        format => format,
-    }
-}
-
-fn refuse_qcow2_options(options: &Options, path: &Path, format: Format) -> Result<()> {
-    if format != Format::Qcow2 && (options.compression.is_some() || options.cluster_size.is_some()) {
-        let path = path.display();
-        let what = format!(
-            "target '{path}' is to be {format}: --compress and --cluster-size are for qcow2; use --format qcow2"
-        );
-        return Err(Error::new(Kind::Usage, what));
-    }
-    Ok(())
-}
-
 #[cfg(not(feature = "nbd"))]
 fn without_nbd(path: &Path, format: Foreign) -> Error {
     let (path, name) = (path.display(), format.name());
     let what = format!("target '{path}': this drive-backup was built without NBD, which {name} needs");
     Error::new(Kind::Usage, what)
-}
-
-/// What QEMU is to write in place at `path`. A device gets raw or qcow2.
-fn foreign_in_place(options: &Options, path: &Path) -> Result<Option<Foreign>> {
-    let is_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());
-    let format = match (options.format, options.mode) {
-        (Some(format), _) => format,
-        (None, Mode::Existing) => {
-            // Without a lock, which QEMU takes for itself; it is looked at again by whoever writes it.
-            let raw = Raw::open(path, Side::Target)?;
-            let mut start = vec![0; raw.length().min(probe::LENGTH as u64) as usize];
-            raw.read_at(&mut start, 0).map_err(|error| Error::file(Side::Target, "read", path, error))?;
-            let encrypted = probe::encrypted(&start).filter(|_| options.target_secret.is_some());
-            probe(&start).foreign.or(encrypted).map_or(Format::Raw, Format::Foreign)
-        }
-        (None, Mode::AbsolutePaths) => Format::Raw,
-    };
-    match format {
-        Format::Foreign(foreign) if is_device => {
-            let (path, name) = (path.display(), foreign.name());
-            let what = format!("target '{path}' is a device: it gets raw or qcow2, not {name}");
-            Err(Error::new(Kind::Usage, what))
-        }
-        Format::Foreign(foreign) => Ok(Some(foreign)),
-        _ => Ok(None),
-    }
-}
-
-fn format_of_content(raw: &Raw, path: &Path) -> Result<Format> {
-    let mut start = vec![0; raw.length().min(probe::LENGTH as u64) as usize];
-    raw.read_at(&mut start, 0).map_err(|error| Error::file(Side::Target, "read", path, error))?;
-    let found = probe(&start);
-    Ok(found.foreign.map_or(found.format, Format::Foreign))
 }

@@ -11,6 +11,7 @@ mod outcome;
 mod proof;
 mod reach;
 mod rehearsal;
+mod target_format;
 mod view;
 
 pub use crate::ring::server::OnCbwError;

@@ -20,7 +20,7 @@ pub use mount::*;
 /// The command under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_drive-backup");
 /// No event that a test waits for takes longer; far more than it should take, for machines under load.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How a run of the command ended.
 #[derive(Debug)]
