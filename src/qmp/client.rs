@@ -22,11 +22,10 @@ pub fn serve(stream: UnixStream, queue: &Arc<Queue>, shared: &Shared) -> io::Res
         let (stream, queue) = (stream.try_clone()?, Arc::clone(queue));
         thread::Builder::new().name("qmp-write".to_owned()).spawn(move || write(&stream, &queue))?
     };
-    match queue.reply(wire::greeting()).then(|| read(&stream, queue, shared)) {
-        // It hears of the end that it asked for: who ends closes the queue.
-        Some(Over::Quits) => {}
-        _ => queue.close(),
+    if queue.reply(wire::greeting()) {
+        read(&stream, queue, shared);
     }
+    queue.close();
     // It ends within its bound, even when nobody reads.
     let _ = writer.join();
     Ok(())
@@ -41,43 +40,50 @@ fn write(mut stream: &UnixStream, queue: &Queue) {
     let _ = stream.shutdown(Shutdown::Both);
 }
 
-/// Why nothing more is taken from a client.
-enum Over {
-    /// It has gone, or has to go.
-    Leaves,
-    /// It asked for the end of everything.
-    Quits,
+/// What a client may do after a command.
+enum Next {
+    /// Say the next one.
+    Say,
+    /// Listen until the end, which it asked for.
+    Listen,
+    /// Nothing.
+    Leave,
 }
 
-fn read(mut stream: &UnixStream, queue: &Queue, shared: &Shared) -> Over {
+/// Until it has gone, or has to go.
+fn read(mut stream: &UnixStream, queue: &Queue, shared: &Shared) {
     let mut cutter = Cutter::default();
-    let mut negotiated = false;
+    let (mut negotiated, mut listens) = (false, false);
     let mut buffer = [0; 4096];
     loop {
         let length = match stream.read(&mut buffer) {
-            Ok(0) => return Over::Leaves,
+            Ok(0) => return,
             Ok(length) => length,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => return Over::Leaves,
+            Err(_) => return,
         };
         for byte in &buffer[..length] {
-            let over = match cutter.push(*byte) {
-                None => None,
+            if listens {
+                break;
+            }
+            let next = match cutter.push(*byte) {
+                None => Next::Say,
                 Some(Piece::Value(text)) => obey(&text, queue, shared, &mut negotiated),
                 Some(Piece::TooMuch(why)) => {
                     let _ = queue.reply(wire::reply(Err(Refusal::generic(why)), None));
-                    Some(Over::Leaves)
+                    Next::Leave
                 }
             };
-            if let Some(over) = over {
-                return over;
+            match next {
+                Next::Say => {}
+                Next::Listen => listens = true,
+                Next::Leave => return,
             }
         }
     }
 }
 
-/// `None`: it may go on.
-fn obey(text: &[u8], queue: &Queue, shared: &Shared, negotiated: &mut bool) -> Option<Over> {
+fn obey(text: &[u8], queue: &Queue, shared: &Shared, negotiated: &mut bool) -> Next {
     let Request { id, command } = Request::parse(text);
     queue.owe();
     let quits = command.as_ref().is_ok_and(|(name, _)| name == "quit");
@@ -92,8 +98,32 @@ fn obey(text: &[u8], queue: &Queue, shared: &Shared, negotiated: &mut bool) -> O
         queue.listen();
     }
     match (fits, quits) {
-        (false, _) => Some(Over::Leaves),
-        (true, true) => Some(Over::Quits),
-        (true, false) => None,
+        (false, _) => Next::Leave,
+        (true, true) => Next::Listen,
+        (true, false) => Next::Say,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::qmp::server::{Server, Setup};
+    use std::io::{Read, Write};
+    use std::net::Shutdown;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    #[test]
+    fn who_said_quit_and_has_gone_is_let_go_before_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let mut server = Server::new(Setup { nodes: Vec::new(), writer_dir: None, quit: Box::new(|| ()) });
+        server.listen(&path).unwrap();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        client.write_all(b"{\"execute\": \"qmp_capabilities\"}{\"execute\": \"quit\"}").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut said = String::new();
+        client.read_to_string(&mut said).expect("it is hung up on");
+        assert_eq!(said.matches("\"return\"").count(), 2, "{said}");
     }
 }
