@@ -429,6 +429,7 @@ impl<'a> Copier<'a> {
             saved.into_iter().for_each(|range| overlay.drop_range(range));
         }
     }
+
     /// `Some`: for what the job is to stop.
     fn read(&self, bytes: &mut [u8], range: ByteRange) -> Result<Option<Error>> {
         self.with_policy(Side::Source, "read", self.rules.on_source_error, range, |piece| {

@@ -56,8 +56,7 @@ pub fn foreign_in_place(options: &Options, path: &Path) -> Result<Option<Foreign
         (None, Mode::Existing) => {
             // Without a lock, which QEMU takes for itself; it is looked at again by whoever writes it.
             let raw = Raw::open(path, Side::Target)?;
-            let mut start = vec![0; raw.length().min(probe::LENGTH as u64) as usize];
-            raw.read_at(&mut start, 0).map_err(|error| Error::file(Side::Target, "read", path, error))?;
+            let start = start_of(&raw, path)?;
             let encrypted = probe::encrypted(&start).filter(|_| options.target_secret.is_some());
             probe(&start).foreign.or(encrypted).map_or(Format::Raw, Format::Foreign)
         }
@@ -76,8 +75,13 @@ pub fn foreign_in_place(options: &Options, path: &Path) -> Result<Option<Foreign
 
 /// As what it holds says.
 pub fn format_of_content(raw: &Raw, path: &Path) -> Result<Format> {
+    let found = probe(&start_of(raw, path)?);
+    Ok(found.foreign.map_or(found.format, Format::Foreign))
+}
+
+/// What a format is recognised by.
+fn start_of(raw: &Raw, path: &Path) -> Result<Vec<u8>> {
     let mut start = vec![0; raw.length().min(probe::LENGTH as u64) as usize];
     raw.read_at(&mut start, 0).map_err(|error| Error::file(Side::Target, "read", path, error))?;
-    let found = probe(&start);
-    Ok(found.foreign.map_or(found.format, Format::Foreign))
+    Ok(start)
 }

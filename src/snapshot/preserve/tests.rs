@@ -63,13 +63,15 @@ struct Disk {
     sectors: Vec<Mutex<[u8; SECTOR]>>,
     length: u64,
     bad: Option<u64>,
+    /// All zeroes at the first look at it, all data from the second on: looks so far.
+    filling: Option<AtomicU64>,
 }
 
 impl Disk {
     /// Every sector says what it is: who wrote it (nobody: 0), where it belongs, and a checksum of both.
     fn new(length: u64) -> Self {
         let sectors = (0..length.div_ceil(SECTOR as u64)).map(|n| Mutex::new(sector(n))).collect();
-        Self { sectors, length, bad: None }
+        Self { sectors, length, bad: None, filling: None }
     }
 
     fn each(&self, range: ByteRange, mut access: impl FnMut(&mut [u8], std::ops::Range<usize>)) {
@@ -109,6 +111,10 @@ impl Image for Disk {
 
     /// As of a sparse file: what is zero now may be written a moment later.
     fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
+        if let Some(looks) = &self.filling {
+            let is_first = looks.fetch_add(1, Ordering::Relaxed) == 0;
+            return Ok(if is_first { Extent::zero(range) } else { Extent::data(range) });
+        }
         let first = range.offset as usize / SECTOR;
         let sectors = self.sectors[first..(range.end() as usize).div_ceil(SECTOR)].iter();
         let mut zero = sectors.map(|sector| is_zero(&sector.lock().unwrap()[..]));
@@ -419,58 +425,10 @@ fn nobodys_write_waits_for_a_job_that_stopped_for_its_source() {
     });
 }
 
-/// A disk of zeroes on which somebody writes between two looks.
-struct Filling {
-    disk: Disk,
-    looks: AtomicU64,
-}
-
-impl Image for Filling {
-    fn length(&self) -> u64 {
-        self.disk.length
-    }
-
-    fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
-        let allocation = match self.looks.fetch_add(1, Ordering::Relaxed) {
-            0 => Allocation::Zero,
-            _ => Allocation::Data,
-        };
-        Ok(Extent { range, allocation })
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.disk.read_at(buf, offset)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.disk.write_at(buf, offset)
-    }
-
-    fn write_zeroes(&self, range: ByteRange) -> io::Result<()> {
-        self.disk.write_zeroes(range)
-    }
-
-    fn discard(&self, range: ByteRange) -> io::Result<()> {
-        self.disk.discard(range)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.disk.flush()
-    }
-
-    fn properties(&self) -> Properties {
-        self.disk.properties()
-    }
-}
-
 #[test]
 fn a_run_of_zeroes_that_is_data_at_the_second_look_is_no_longer_than_a_chunk() {
-    let source = Filling { disk: Disk::new(4 << 20), looks: AtomicU64::new(0) };
-    let bench = Bench::new(Disk::new(4 << 20), None, SMALL);
-    let ends = Ends { source: &source, overlay: None, target: &bench.target, unallocated: None };
-    let (on_source_error, on_target_error) = (OnError::Report, OnError::Report);
-    let rules = Rules { granule: CLUSTER, hole: None, yields: false, on_source_error, on_target_error };
-    Copier::new(&Job::new(None), &Silent, &bench.tracker, ends, rules).run(1).unwrap();
+    let bench = Bench::new(Disk { filling: Some(AtomicU64::new(0)), ..Disk::new(4 << 20) }, None, SMALL);
+    bench.copier(&Job::new(None), CLUSTER, None).run(1).unwrap();
     assert!(bench.tracker.is_done());
 }
 
