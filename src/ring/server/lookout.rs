@@ -55,6 +55,7 @@ fn turn(hub: &Arc<Hub>, watch: Option<&OwnedFd>) {
             hub.forget(link);
         }
     }
+    hub.bury_the_dead();
     for link in links.iter().filter(|link| !link.is_over()) {
         hub.expire(link);
     }

@@ -27,6 +27,8 @@ use crate::ring::stall::Stalls;
 use crate::snapshot::tracker::FreeMap;
 use link::{Link, Unattached};
 use rustix::event::EventfdFlags;
+use rustix::io::Errno;
+use rustix::process::Pid;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -155,7 +157,7 @@ fn kind_of(error: &io::Error) -> Kind {
     use io::ErrorKind::{NotADirectory, NotFound, PermissionDenied, ReadOnlyFilesystem, Unsupported};
     match error.kind() {
         NotFound | NotADirectory | PermissionDenied | ReadOnlyFilesystem | Unsupported => Kind::Other,
-        _ if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => Kind::Other,
+        _ if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => Kind::Other,
         _ => Kind::InstantLost,
     }
 }
@@ -378,8 +380,8 @@ impl Hub {
         }
     }
 
-    /// The writer is gone. What it had not been granted it never wrote. Its ring is kept: it may only have lost its
-    /// connection, and mark the ring later, before it writes.
+    /// The writer is gone. What it had not been granted it never wrote. Its ring is kept while its process lives: it may only
+    /// have lost its connection, and mark the ring later, before it writes.
     fn forget(&self, link: &Arc<Link>) {
         link.let_go();
         let mut links = lock(&self.links);
@@ -388,6 +390,13 @@ impl Hub {
         drop(links);
         link.count_into(&mut lock(&self.past));
         lock(&self.gone).push((link.pid, link.ring.clone()));
+    }
+
+    /// Lets go of the rings whose processes have ended, after a last look: nothing is written there any more, and a long job may
+    /// see any number of writers come and go.
+    fn bury_the_dead(&self) {
+        let dead: Vec<_> = lock(&self.gone).extract_if(.., |(pid, _)| has_ended(*pid)).collect();
+        dead.iter().for_each(|(pid, ring)| self.look_at_mark(*pid, ring));
     }
 
     fn check(self: &Arc<Self>, phase: &MutexGuard<'_, Phase>) -> Result<()> {
@@ -427,9 +436,15 @@ impl Hub {
     }
 }
 
+/// False as well where that can't be told: of one that its parent has not waited for, whose number is in use again, or that
+/// is not of our process namespace.
+fn has_ended(pid: i32) -> bool {
+    Pid::from_raw(pid).is_some_and(|pid| rustix::process::test_kill_process(pid) == Err(Errno::SRCH))
+}
+
 /// Errors of the machine while a capture is made, by number: what a refused write fails with.
 fn errno_of(error: &Error) -> u32 {
-    let raw = error.errno().unwrap_or_else(|| rustix::io::Errno::IO.raw_os_error());
+    let raw = error.errno().unwrap_or_else(|| Errno::IO.raw_os_error());
     u32::try_from(raw).ok().filter(|errno| (1..4096).contains(errno)).unwrap_or(5)
 }
 

@@ -210,6 +210,37 @@ fn a_mark_after_the_hang_up_is_found_too() {
     assert!(writers.finish().unwrap_err().to_string().contains("connection was lost"));
 }
 
+/// A job of hours sees thousands that write once and end.
+#[test]
+fn the_ring_of_a_process_that_has_ended_is_looked_at_once_more_and_let_go() {
+    let scene = Scene::new();
+    let writers = scene.attach(options()).unwrap();
+    let mut process = std::process::Command::new("true").spawn().unwrap();
+    let (ended, lives) = (process.id() as i32, std::process::id() as i32);
+    process.wait().unwrap();
+    let bury = |pid| {
+        let ring = Arc::new(Ring::create().unwrap().0);
+        let left = Arc::downgrade(&ring);
+        lock(&writers.hub.gone).push((pid, ring));
+        left
+    };
+    let until = |what: &dyn Fn() -> bool| {
+        let since = Instant::now();
+        while !what() {
+            assert!(since.elapsed() < HANGS);
+            thread::yield_now();
+        }
+    };
+    let (of_the_dead, of_the_living) = (bury(ended), bury(lives));
+    until(&|| of_the_dead.strong_count() == 0);
+    assert_eq!(of_the_living.strong_count(), 1, "it may mark its ring yet");
+    writers.check().unwrap();
+    let ring = Arc::new(Ring::create().unwrap().0);
+    ring.mark_broken(Breach::HungUp);
+    lock(&writers.hub.gone).push((ended, ring));
+    until(&|| writers.lost().is_some());
+}
+
 #[test]
 fn a_writer_that_dies_is_no_loss() {
     let scene = Scene::new();
