@@ -13,7 +13,7 @@ use drive_backup::ring::server::{OnCbwError, Options, Trap, Writers};
 use drive_backup::ring::socket::{self, Received};
 use drive_backup::snapshot::tracker::FreeMap;
 use drive_backup::writer::Writer;
-use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, kill_process, prlimit, waitpid};
+use rustix::process::{Pid, Resource, Rlimit, Signal, WaitId, WaitIdOptions, kill_process, prlimit, waitid};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -162,12 +162,14 @@ impl Player {
         }
     }
 
-    /// After STOP, all its threads stand still when this returns.
+    /// After STOP, all its threads stand still when this returns, or it has ended.
     fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal).unwrap();
         if signal == Signal::STOP {
-            waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+            // Its end is left for `child`: a number that was waited for can't be signalled again.
+            let left = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            waitid(WaitId::Pid(pid), left).unwrap();
         }
     }
 
