@@ -32,8 +32,6 @@ const SALVAGE: u64 = 4 << 10;
 /// Between two looks for what writers have overwritten, where nothing else is copied.
 const IDLE: Duration = Duration::from_millis(50);
 
-/// How much copying threads stand back behind a writer that shares the processors with them.
-const NICE: i32 = 15;
 /// How long after a trapped write a thread still rests, to leave a processor to those who write.
 const REST: Duration = Duration::from_millis(20);
 /// How often a thread that rests looks whether it is needed.
@@ -59,8 +57,6 @@ pub struct Rules {
     pub granule: u64,
     /// Blocks of zero bytes of this size become holes; `None`: every byte is written.
     pub hole: Option<u64>,
-    /// Copying threads stand back from the start; without that, from the first trapped write on.
-    pub yields: bool,
     /// When a read fails.
     pub on_source_error: OnError,
     /// When a write fails.
@@ -97,7 +93,8 @@ pub struct Copier<'a> {
     losses: Mutex<Losses>,
 }
 
-/// What a copying thread does for writers on the same machine.
+/// What a copying thread does for writers on the same machine. A low priority is none of it: a write may wait for a read that
+/// a thread has begun, and on a machine that others keep busy it would wait with it.
 struct Manners {
     /// One of those that rest while writes are trapped: so many others go on that a processor is left to those who
     /// write, and to those who capture for them.
@@ -114,19 +111,11 @@ impl Manners {
     /// Whether this thread is to rest now; `trapped` writes were trapped so far.
     fn rests(&mut self, trapped: u64, now: Instant) -> bool {
         if trapped > self.trapped {
-            if self.trapped == 0 {
-                stand_back();
-            }
             self.trapped = trapped;
             self.rests_until = now + REST;
         }
         self.is_spare && now < self.rests_until
     }
-}
-
-/// Puts this thread last in line for a processor. Without the right to it the copy is only less polite.
-fn stand_back() {
-    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE);
 }
 
 fn processors() -> usize {
@@ -236,9 +225,6 @@ impl<'a> Copier<'a> {
         // The number of processors stands in files.
         let manners = Manners::of_thread(number, processors());
         sandbox::enter(self.reach);
-        if self.rules.yields {
-            stand_back();
-        }
         let stop = StopWhenDropped(self.tracker);
         self.work_until_done(manners).inspect(|()| std::mem::forget(stop))
     }

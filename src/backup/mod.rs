@@ -307,7 +307,6 @@ fn copier<'a>(
     let rules = Rules {
         granule: moment.granule(),
         hole: options.sparse.then(|| SMALLEST_HOLE.max(target.properties().cluster_size)),
-        yields: moment.writers() > 0,
         on_source_error: options.on_source_error,
         on_target_error: options.on_target_error,
     };

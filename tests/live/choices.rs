@@ -253,3 +253,27 @@ fn several_writers_of_one_disk_are_all_found() {
     assert!(trail::check(&scene.copy()) <= typist.written());
     drop(quiet);
 }
+
+/// A write waits for a read that a copying thread has begun. Where others keep the processors busy, one of a lower priority would
+/// hold it for as long as they like: at nice 15 for up to 432 ms beside four busy loops on two processors, 8 to 16 without.
+#[test]
+fn no_thread_of_a_backup_stands_back_while_writes_wait_for_it() {
+    let scene = Scene::new();
+    let _typist = scene.typist();
+    let mut backup = scene.start(&scene.path("copy"), &["--speed", "256K", "--freeze-timeout", "60", "--json"]);
+    let mut records = BufReader::new(backup.child().stdout.take().unwrap())
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(&line.unwrap()).unwrap());
+    assert!(records.any(|record| record["writer"]["trapped"].as_u64() > Some(0)), "no write is trapped");
+    let nice = |stat: PathBuf| {
+        let stat = std::fs::read_to_string(stat).unwrap();
+        // The nineteenth field, proc_pid_stat(5); the second is a name in brackets.
+        stat.rsplit(')').next().unwrap().split_whitespace().nth(16).unwrap().parse::<i32>().unwrap()
+    };
+    let ours = nice(PathBuf::from("/proc/self/stat"));
+    let threads = std::fs::read_dir(format!("/proc/{}/task", backup.id())).unwrap();
+    let nice: Vec<_> = threads.map(|thread| nice(thread.unwrap().path().join("stat"))).collect();
+    assert!(nice.len() > 1 && nice.iter().all(|&nice| nice == ours), "{nice:?}");
+    backup.signal(nix::sys::signal::Signal::SIGTERM);
+    assert_eq!(backup.ended().code, 143);
+}
