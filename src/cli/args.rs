@@ -165,6 +165,9 @@ pub struct Args {
     pub direct: bool,
 
     /// Whether a cooperating writer takes part
+    ///
+    /// It waits for what the backup reads, and longer if that runs under nice(1) or ionice(1) on a busy machine; --speed spares
+    /// it.
     #[arg(long, value_name = "WHEN", default_value = "auto", help_heading = INSTANT)]
     pub writer: WriterPolicy,
 
