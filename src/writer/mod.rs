@@ -75,7 +75,10 @@ struct Shared {
     control: RwLock<Control>,
     attached: Mutex<Vec<u64>>,
     arrived: Condvar,
-    quiesce: Arc<Mutex<Option<Quiesce>>>,
+    /// Locked while it runs, and for a moment when another one takes its place.
+    quiesce: Mutex<Option<Quiesce>>,
+    /// The callback runs, or will in a moment.
+    quiescing: AtomicBool,
     /// Writes that wait for a thaw. The next freeze begins when they have come in: one backup after the other would
     /// hold them for ever.
     waiting: AtomicUsize,
@@ -154,7 +157,8 @@ impl Writer {
             control: RwLock::new(Control { session: None, frozen_until: None, opening: true }),
             attached: Mutex::default(),
             arrived: Condvar::new(),
-            quiesce: Arc::default(),
+            quiesce: Mutex::default(),
+            quiescing: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
             bell,
             stop: AtomicBool::new(false),
@@ -197,7 +201,9 @@ impl Writer {
     /// It runs on a thread of its own. Its writes may be bracketed on that thread; writes that other threads begin
     /// wait for the end of the freeze.
     pub fn on_freeze(&self, quiesce: impl FnMut() -> io::Result<()> + Send + 'static) {
-        *lock(&self.shared.quiesce) = Some(Box::new(quiesce));
+        // The earlier one is dropped without the lock, for which a freeze may be waiting.
+        let earlier = lock(&self.shared.quiesce).replace(Box::new(quiesce));
+        drop(earlier);
     }
 
     /// [`Writer::begin`] without the guard.

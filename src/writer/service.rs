@@ -29,7 +29,7 @@ use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -300,17 +300,15 @@ impl Service {
 
     /// Starts the program's callback on a thread of its own, so that it may hang without holding anybody.
     fn quiesce(&self, session: &Arc<Session>) -> Step {
-        let callback = self.shared.quiesce.clone();
-        match callback.try_lock() {
-            Ok(callback) if callback.is_none() => return frozen(session),
-            // Poisoned: it panicked once, and may do better now.
-            Ok(_) | Err(TryLockError::Poisoned(_)) => {}
-            Err(TryLockError::WouldBlock) => {
-                // The last freeze's callback still runs.
-                refuse(&session.socket, Errno::BUSY);
-                return Step::End(None);
-            }
+        if self.shared.quiescing.load(Ordering::SeqCst) {
+            // The last freeze's callback.
+            refuse(&session.socket, Errno::BUSY);
+            return Step::End(None);
         }
+        if lock(&self.shared.quiesce).is_none() {
+            return frozen(session);
+        }
+        self.shared.quiescing.store(true, Ordering::SeqCst);
         let outcome = Outcome::default();
         let (left, shared) = (outcome.clone(), self.shared.clone());
         let started = thread::Builder::new().name("drive-backup-qui".into()).spawn(move || {
@@ -318,14 +316,17 @@ impl Service {
             // A panic of the callback leaves this as it is.
             let mut result = Err(Errno::IO.into());
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                result = lock(&callback).as_mut().map_or(Ok(()), |quiesce| quiesce());
+                result = lock(&shared.quiesce).as_mut().map_or(Ok(()), |quiesce| quiesce());
             }));
+            // Before the outcome is there: the next freeze may follow at once.
+            shared.quiescing.store(false, Ordering::SeqCst);
             *lock(&left) = Some(result);
             shared.ring_bell();
         });
         match started {
             Ok(_) => Step::Phase(Phase::Quiescing(outcome)),
             Err(_) => {
+                self.shared.quiescing.store(false, Ordering::SeqCst);
                 refuse(&session.socket, Errno::AGAIN);
                 Step::End(None)
             }

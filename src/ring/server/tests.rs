@@ -316,6 +316,29 @@ fn a_callback_that_hangs_holds_nobody_beyond_the_bound() {
     drop(release);
 }
 
+/// Only one that runs is waited for: a freeze was refused as busy that came when the program set its callback.
+#[test]
+fn a_callback_may_be_set_at_any_time() {
+    let scene = Scene::new();
+    let writer = scene.writer();
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                writer.on_freeze(|| Ok(()));
+            }
+        });
+        for _ in 0..100 {
+            let frozen = scene.attach(options()).and_then(|writers| writers.freeze().map(drop));
+            if frozen.is_err() {
+                stop.store(true, Ordering::SeqCst);
+            }
+            frozen.unwrap();
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+}
+
 #[test]
 fn a_writer_that_starts_during_the_job_is_trapped_from_its_first_write_on() {
     let scene = Scene::new();
