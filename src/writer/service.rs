@@ -313,13 +313,14 @@ impl Service {
         let (left, shared) = (outcome.clone(), self.shared.clone());
         let started = thread::Builder::new().name("drive-backup-qui".into()).spawn(move || {
             QUIESCING.set(true);
-            // A panic of the callback leaves this as it is.
-            let mut result = Err(Errno::IO.into());
-            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                result = lock(&shared.quiesce).as_mut().map_or(Ok(()), |quiesce| quiesce());
-            }));
-            // Before the outcome is there: the next freeze may follow at once.
+            let mut callback = lock(&shared.quiesce);
+            let called = || callback.as_mut().map_or(Ok(()), |quiesce| quiesce());
+            // A panic of the callback is a failure of it.
+            let result =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(called)).unwrap_or(Err(Errno::IO.into()));
+            // Before anybody can see that it has ended, by the lock or by the outcome: the next freeze may follow at once.
             shared.quiescing.store(false, Ordering::SeqCst);
+            drop(callback);
             *lock(&left) = Some(result);
             shared.ring_bell();
         });

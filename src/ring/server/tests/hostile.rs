@@ -484,6 +484,26 @@ fn freezes_one_after_the_other_hold_a_write_once() {
     }
 }
 
+/// Who replaces a callback waits for one that runs, and a freeze after that is not refused for it.
+#[test]
+fn a_callback_that_was_waited_for_does_not_run_any_more() {
+    let scene = Scene::new();
+    let writer = scene.writer();
+    for _ in 0..100 {
+        let (runs, running) = mpsc::channel();
+        writer.on_freeze(move || {
+            runs.send(()).unwrap();
+            Ok(())
+        });
+        let tyrant = Tyrant::attach(&scene, terms(1000, 60_000));
+        tyrant.say(Packet::Freeze);
+        running.recv_timeout(HANGS).unwrap();
+        drop(tyrant);
+        writer.on_freeze(|| Ok(()));
+        drop(Tyrant::freeze_at_once(&scene));
+    }
+}
+
 #[test]
 fn packets_out_of_turn_end_the_connection_with_a_mark() {
     for packet in [Packet::Thaw { trap: true }, Packet::Frozen, Packet::Attached, Packet::Attach(terms(1, 1))] {
