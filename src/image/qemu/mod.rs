@@ -24,14 +24,14 @@ use scratch::Scratch;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// The Debian package of QEMU's tools.
 const PACKAGE: &str = "qemu-utils";
 /// For qemu-img, which may have to reach what is behind a network: as long as a qemu-nbd has to open its image.
 const IMG_TIMEOUT: Duration = Duration::from_secs(60);
-/// Bytes of a read where QEMU's driver has to be asked one thing at a time.
+/// Bytes of a read where QEMU's driver has to be asked for one at a time.
 const SINGLE_READ: usize = 256 << 10;
 
 /// How it is opened.
@@ -67,8 +67,10 @@ pub struct Qemu {
     child: Child,
     name: PathBuf,
     side: Side,
-    /// Held during a read, where the driver loses requests that are under way at once.
-    single: Option<Mutex<()>>,
+    /// Held during a read, where the driver loses reads that are under way at once.
+    reading: Option<Mutex<()>>,
+    /// Held during a change, where the driver fails when several are under way at once.
+    changing: Option<Mutex<()>>,
 }
 
 impl Qemu {
@@ -94,8 +96,9 @@ impl Qemu {
         let usage = Use { side: terms.side, flushes: terms.flushes, reconnect: Duration::ZERO };
         let nbd = child.unless_cancelled(terms.job, || Nbd::open_private(&child.address(), usage));
         let nbd = nbd.map_err(|error| failed(child.explain(error)))?;
-        let single = node.is_single().then(Mutex::default);
-        Ok(Self { nbd, child, name: node.name().to_owned(), side: terms.side, single })
+        let reading = node.reads_one_by_one().then(Mutex::default);
+        let changing = node.changes_one_by_one().then(Mutex::default);
+        Ok(Self { nbd, child, name: node.name().to_owned(), side: terms.side, reading, changing })
     }
 
     /// Ends qemu-nbd, which closes the image: only then is all of it in the file. After a flush; blocks. The image is of no
@@ -104,9 +107,18 @@ impl Qemu {
         self.child.end().map_err(|error| Error::file(self.side, "close", &self.name, error))
     }
 
+    fn change(&self, change: impl FnOnce(&Nbd) -> io::Result<()>) -> io::Result<()> {
+        let _one = self.changing.as_ref().map(lock);
+        self.explain(change(&self.nbd))
+    }
+
     fn explain<T>(&self, result: io::Result<T>) -> io::Result<T> {
         result.map_err(|error| if error.raw_os_error().is_some() { error } else { self.child.explain(error) })
     }
+}
+
+fn lock(one: &Mutex<()>) -> MutexGuard<'_, ()> {
+    one.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// QEMU's cache mode.
@@ -128,8 +140,8 @@ impl Image for Qemu {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let Some(single) = &self.single else { return self.explain(self.nbd.read_at(buf, offset)) };
-        let _one = single.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(reading) = &self.reading else { return self.explain(self.nbd.read_at(buf, offset)) };
+        let _one = lock(reading);
         for (piece, offset) in buf.chunks_mut(SINGLE_READ).zip((offset..).step_by(SINGLE_READ)) {
             self.explain(self.nbd.read_at(piece, offset))?;
         }
@@ -137,15 +149,15 @@ impl Image for Qemu {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.explain(self.nbd.write_at(buf, offset))
+        self.change(|nbd| nbd.write_at(buf, offset))
     }
 
     fn write_zeroes(&self, range: ByteRange) -> io::Result<()> {
-        self.explain(self.nbd.write_zeroes(range))
+        self.change(|nbd| nbd.write_zeroes(range))
     }
 
     fn discard(&self, range: ByteRange) -> io::Result<()> {
-        self.explain(self.nbd.discard(range))
+        self.change(|nbd| nbd.discard(range))
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -57,10 +57,16 @@ impl Node<'_> {
         self.format().map_or_else(|| format!("'{name}'"), |format| format!("'{name}' is {} and", format.name()))
     }
 
-    /// Must it be asked one thing at a time? QEMU's curl driver (seen in 7.2 and 10.0.2) loses now and then one of several
-    /// reads under way, and whoever waits for it waits for ever.
-    pub(super) fn is_single(&self) -> bool {
+    /// Must there be one read at a time? QEMU's curl driver (seen in 7.2 and 10.0.2) loses now and then one of several under
+    /// way, and whoever waits for it waits for ever.
+    pub(super) fn reads_one_by_one(&self) -> bool {
         matches!(self, Self::Remote { place, .. } if place.is_by_curl())
+    }
+
+    /// Must there be one change at a time? QEMU's driver for QED (seen in 10.0.2) aborts when several that allocate clusters
+    /// wait for each other: `qed_aio_write_alloc: Assertion s->allocating_acb == NULL`.
+    pub(super) fn changes_one_by_one(&self) -> bool {
+        self.format() == Some(Foreign::Qed)
     }
 
     fn driver(&self) -> &'static str {
