@@ -378,9 +378,17 @@ fn a_place_that_can_only_be_read_is_no_target() {
 fn an_error_of_a_driver_is_quoted_without_passwords() {
     let bench = Bench::new();
     let place = "rbd:pool/image:conf=/nonexistent:key=hunter2";
+    // As QEMU says it where it has the driver.
+    let quotes =
+        "for last; do :; done; echo \"qemu-nbd: Failed to blk_new_open '$last': Connection refused\" >&2; exit 1";
+    tool(&bench, "qemu-nbd", quotes);
     for (device, target, code) in [(place, "x.raw", 4), ("disk.raw", place, 5)] {
-        let ended = bench.copy(device, target, &[]);
-        ended.fails(code, "'rbd:pool/image:conf=/nonexistent:key=…'");
-        assert!(!ended.stderr.contains("hunter2"), "{ended:?}");
+        let mut quoted = bench.command(device, target, &[]);
+        let quoted = Ended::of(quoted.env("PATH", bench.path()).output().unwrap());
+        quoted.fails(code, "blk_new_open 'rbd:pool/image:conf=/nonexistent:key=…': Connection refused");
+        for ended in [quoted, bench.copy(device, target, &[])] {
+            ended.fails(code, "'rbd:pool/image:conf=/nonexistent:key=…'");
+            assert!(!ended.stderr.contains("hunter2"), "{ended:?}");
+        }
     }
 }
