@@ -75,10 +75,10 @@ struct Shared {
     control: RwLock<Control>,
     attached: Mutex<Vec<u64>>,
     arrived: Condvar,
-    /// Locked while it runs, and for a moment when another one takes its place.
     quiesce: Mutex<Option<Quiesce>>,
-    /// The callback runs, or will in a moment.
-    quiescing: AtomicBool,
+    /// The callback runs, or will in a moment. It is replaced under this lock, when it does not.
+    quiescing: Mutex<bool>,
+    quiesced: Condvar,
     /// Writes that wait for a thaw. The next freeze begins when they have come in: one backup after the other would
     /// hold them for ever.
     waiting: AtomicUsize,
@@ -158,7 +158,8 @@ impl Writer {
             attached: Mutex::default(),
             arrived: Condvar::new(),
             quiesce: Mutex::default(),
-            quiescing: AtomicBool::new(false),
+            quiescing: Mutex::new(false),
+            quiesced: Condvar::new(),
             waiting: AtomicUsize::new(0),
             bell,
             stop: AtomicBool::new(false),
@@ -196,14 +197,12 @@ impl Writer {
     }
 
     /// During a freeze, when no write is in flight, `quiesce` brings everything that this program has buffered to the
-    /// disk; an error makes the backup fail. It replaces an earlier one.
+    /// disk; an error makes the backup fail. It replaces an earlier one; blocks while that one runs.
     ///
     /// It runs on a thread of its own. Its writes may be bracketed on that thread; writes that other threads begin
     /// wait for the end of the freeze.
     pub fn on_freeze(&self, quiesce: impl FnMut() -> io::Result<()> + Send + 'static) {
-        // The earlier one is dropped without the lock, for which a freeze may be waiting.
-        let earlier = lock(&self.shared.quiesce).replace(Box::new(quiesce));
-        drop(earlier);
+        self.shared.set_quiesce(Some(Box::new(quiesce)));
     }
 
     /// [`Writer::begin`] without the guard.
@@ -242,7 +241,7 @@ impl Drop for Writer {
             let _ = service.join();
         }
         // Waits for a callback that is running, so that what it refers to may go.
-        *lock(&self.shared.quiesce) = None;
+        self.shared.set_quiesce(None);
     }
 }
 
@@ -365,6 +364,19 @@ impl Shared {
             self.gate.open();
         }
         current
+    }
+
+    fn set_quiesce(&self, quiesce: Option<Quiesce>) {
+        let running = self.quiesced.wait_while(lock(&self.quiescing), |running| *running);
+        let earlier = std::mem::replace(&mut *lock(&self.quiesce), quiesce);
+        // Dropped without the lock, for which a freeze may be waiting.
+        drop(running);
+        drop(earlier);
+    }
+
+    fn has_quiesced(&self) {
+        *lock(&self.quiescing) = false;
+        self.quiesced.notify_all();
     }
 
     fn control(&self) -> RwLockReadGuard<'_, Control> {

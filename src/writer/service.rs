@@ -300,7 +300,8 @@ impl Service {
 
     /// Starts the program's callback on a thread of its own, so that it may hang without holding anybody.
     fn quiesce(&self, session: &Arc<Session>) -> Step {
-        if self.shared.quiescing.load(Ordering::SeqCst) {
+        let mut running = lock(&self.shared.quiescing);
+        if *running {
             // The last freeze's callback.
             refuse(&session.socket, Errno::BUSY);
             return Step::End(None);
@@ -308,26 +309,25 @@ impl Service {
         if lock(&self.shared.quiesce).is_none() {
             return frozen(session);
         }
-        self.shared.quiescing.store(true, Ordering::SeqCst);
+        *running = true;
+        drop(running);
         let outcome = Outcome::default();
         let (left, shared) = (outcome.clone(), self.shared.clone());
         let started = thread::Builder::new().name("drive-backup-qui".into()).spawn(move || {
             QUIESCING.set(true);
-            let mut callback = lock(&shared.quiesce);
-            let called = || callback.as_mut().map_or(Ok(()), |quiesce| quiesce());
+            let called = || lock(&shared.quiesce).as_mut().map_or(Ok(()), |quiesce| quiesce());
             // A panic of the callback is a failure of it.
             let result =
                 std::panic::catch_unwind(std::panic::AssertUnwindSafe(called)).unwrap_or(Err(Errno::IO.into()));
-            // Before anybody can see that it has ended, by the lock or by the outcome: the next freeze may follow at once.
-            shared.quiescing.store(false, Ordering::SeqCst);
-            drop(callback);
+            // Before the outcome can be seen: the next freeze may follow at once.
+            shared.has_quiesced();
             *lock(&left) = Some(result);
             shared.ring_bell();
         });
         match started {
             Ok(_) => Step::Phase(Phase::Quiescing(outcome)),
             Err(_) => {
-                self.shared.quiescing.store(false, Ordering::SeqCst);
+                self.shared.has_quiesced();
                 refuse(&session.socket, Errno::AGAIN);
                 Step::End(None)
             }
