@@ -217,6 +217,12 @@ impl Writer {
         self.shared.waiting.load(Ordering::SeqCst)
     }
 
+    /// The callback runs, or will in a moment.
+    #[cfg(test)]
+    pub(crate) fn is_quiescing(&self) -> bool {
+        *lock(&self.shared.quiescing)
+    }
+
     /// The end of a [`Writer::enter`], on any thread.
     #[inline]
     #[cfg(any(feature = "capi", test))]

@@ -7,6 +7,7 @@ mod support;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
@@ -124,9 +125,12 @@ fn every_format_is_read_and_written_as_qemu_does() {
 /// QEMU's driver for QED aborts when several changes that allocate clusters meet, as these would: 20 of 20 copies failed.
 #[test]
 fn a_qed_image_gets_one_change_at_a_time() {
-    let bench = Bench::new();
-    let blocks: Vec<String> = (0..64).map(|number| format!("write -P 5 {}k 8k", number * 128 + 4)).collect();
-    qemu_io(&["-f", "raw"], &bench.at("disk.raw"), &blocks.iter().map(String::as_str).collect::<Vec<_>>());
+    const SIZE: u64 = 64 << 20;
+    let bench = Bench::of(SIZE);
+    let disk = fs::OpenOptions::new().write(true).open(bench.at("disk.raw")).unwrap();
+    for offset in (0..SIZE).step_by(128 << 10) {
+        disk.write_all_at(&[5; 8 << 10], offset).unwrap();
+    }
     for _ in 0..3 {
         qemu_img(&format!("create -q -f qed {} {SIZE}", text(&bench.at("copy.qed"))), &[]);
         bench.copy("disk.raw", "copy.qed", &["--mode", "existing", "--workers", "8"]).succeeds();
