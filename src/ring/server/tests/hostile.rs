@@ -119,6 +119,15 @@ impl Tyrant {
     }
 }
 
+/// Waits until `what` is so.
+fn until(what: impl Fn() -> bool) {
+    let since = Instant::now();
+    while !what() {
+        assert!(since.elapsed() < HANGS);
+        thread::yield_now();
+    }
+}
+
 #[test]
 fn an_entry_that_makes_no_sense_breaks_the_snapshot_and_lets_the_writer_go() {
     type Put = fn(&Ring);
@@ -200,11 +209,7 @@ fn a_mark_after_the_hang_up_is_found_too() {
     let trap = Arc::new(Recorder::default());
     let (puppet, writers) = Puppet::trapping(&scene, &trap);
     drop(puppet.connection);
-    let gone = Instant::now();
-    while writers.counts().attached > 0 {
-        assert!(gone.elapsed() < HANGS);
-        thread::yield_now();
-    }
+    until(|| writers.counts().attached == 0);
     writers.check().unwrap();
     puppet.ring.mark_broken(Breach::HungUp);
     assert!(writers.finish().unwrap_err().to_string().contains("connection was lost"));
@@ -224,21 +229,14 @@ fn the_ring_of_a_process_that_has_ended_is_looked_at_once_more_and_let_go() {
         lock(&writers.hub.gone).push((pid, ring));
         left
     };
-    let until = |what: &dyn Fn() -> bool| {
-        let since = Instant::now();
-        while !what() {
-            assert!(since.elapsed() < HANGS);
-            thread::yield_now();
-        }
-    };
     let (of_the_dead, of_the_living) = (bury(ended), bury(lives));
-    until(&|| of_the_dead.strong_count() == 0);
+    until(|| of_the_dead.strong_count() == 0);
     assert_eq!(of_the_living.strong_count(), 1, "it may mark its ring yet");
     writers.check().unwrap();
     let ring = Arc::new(Ring::create().unwrap().0);
     ring.mark_broken(Breach::HungUp);
     lock(&writers.hub.gone).push((ended, ring));
-    until(&|| writers.lost().is_some());
+    until(|| writers.lost().is_some());
 }
 
 #[test]
@@ -248,11 +246,7 @@ fn a_writer_that_dies_is_no_loss() {
     let (puppet, writers) = Puppet::trapping(&scene, &trap);
     puppet.ring.post(0, ByteRange::new(0, 1), &WAKER);
     drop(puppet);
-    let gone = Instant::now();
-    while writers.counts().attached > 0 {
-        assert!(gone.elapsed() < HANGS);
-        thread::yield_now();
-    }
+    until(|| writers.counts().attached == 0);
     writers.finish().unwrap();
 }
 
@@ -392,11 +386,7 @@ fn a_hang_up_releases_a_trapped_write_at_once_and_marks() {
         let writer = writer.clone();
         thread::spawn(move || drop(writer.begin(0, 1).unwrap()))
     };
-    let posted = Instant::now();
-    while tyrant.ring.posted() == 0 {
-        assert!(posted.elapsed() < HANGS);
-        thread::yield_now();
-    }
+    until(|| tyrant.ring.posted() != 0);
     drop(tyrant.connection);
     in_time("a trapped write", move || waiting.join().unwrap());
     assert_eq!(tyrant.ring.broken(), Breach::HungUp as u32);
@@ -414,11 +404,7 @@ fn more_writes_wait_than_there_are_slots_and_all_are_released() {
             thread::spawn(move || drop(writer.begin(0, 1).unwrap()))
         })
         .collect();
-    let posted = Instant::now();
-    while tyrant.ring.posted() != u32::MAX {
-        assert!(posted.elapsed() < HANGS);
-        thread::yield_now();
-    }
+    until(|| tyrant.ring.posted() == u32::MAX);
     drop(tyrant.connection);
     in_time("the writes", move || waiting.into_iter().for_each(|thread| thread.join().unwrap()));
 }
@@ -471,11 +457,7 @@ fn freezes_one_after_the_other_hold_a_write_once() {
                 begun.store(true, Ordering::SeqCst);
             })
         };
-        let began = Instant::now();
-        while writer.waiting() == 0 {
-            assert!(began.elapsed() < HANGS);
-            thread::yield_now();
-        }
+        until(|| writer.waiting() > 0);
         drop(tyrant);
         tyrant = Tyrant::freeze_at_once(&scene);
         // Frozen means that nothing is in flight: if it has begun, it has ended.
@@ -498,10 +480,7 @@ fn a_callback_that_was_waited_for_does_not_run_any_more() {
         });
         let tyrant = Tyrant::attach(&scene, terms(1000, 60_000));
         tyrant.say(Packet::Freeze);
-        let asked = Instant::now();
-        while !writer.is_quiescing() && !ran.load(Ordering::SeqCst) {
-            assert!(asked.elapsed() < HANGS);
-        }
+        until(|| writer.is_quiescing() || ran.load(Ordering::SeqCst));
         drop(tyrant);
         writer.on_freeze(|| Ok(()));
         assert!(!writer.is_quiescing());
