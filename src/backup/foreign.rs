@@ -38,7 +38,7 @@ pub fn source(remote: &Remote, how: &SourceOptions, job: &Job) -> Result<Source>
     };
     let image = open(Some(foreign))?;
     let (virtual_size, files, warnings) = (image.length(), Vec::new(), Vec::new());
-    Ok(Source { virtual_size, image: Arc::new(image), format, files, warnings, top: None })
+    Ok(Source { virtual_size, image: Arc::new(image), format, files, warnings, top: None, opened: None })
 }
 
 fn start(image: &Qemu, remote: &Remote) -> Result<Vec<u8>> {

@@ -1,5 +1,6 @@
 //! What stands between the writers and the source, and what watchers see of it.
 
+use super::vigil::Vigil;
 use crate::error::{Error, Result};
 use crate::ground::range::ByteRange;
 use crate::ground::status::WriterStats;
@@ -16,12 +17,13 @@ pub struct Guard {
     /// Not its owner: the job knows the writers, who know this.
     job: Weak<Job>,
     reach: Reach,
+    vigil: Option<Arc<Vigil>>,
 }
 
 impl Guard {
-    /// Captures with `preserver`, in threads that get no further than `reach`.
-    pub fn new(preserver: Preserver, job: &Arc<Job>, reach: Reach) -> Self {
-        Self { preserver, job: Arc::downgrade(job), reach }
+    /// Captures with `preserver`, in threads that get no further than `reach`, and tells `vigil` of writers that come.
+    pub fn new(preserver: Preserver, job: &Arc<Job>, reach: Reach, vigil: Option<Arc<Vigil>>) -> Self {
+        Self { preserver, job: Arc::downgrade(job), reach, vigil }
     }
 }
 
@@ -29,6 +31,14 @@ impl Trap for Guard {
     fn before_write(&self, range: ByteRange) -> Result<()> {
         sandbox::enter(self.reach);
         self.preserver.before_write(range).map(drop)
+    }
+
+    fn writer_may_come(&self) {
+        self.vigil.iter().for_each(|vigil| vigil.writer_may_come());
+    }
+
+    fn writer_came(&self) {
+        self.vigil.iter().for_each(|vigil| vigil.writer_came());
     }
 
     fn lost(&self, _why: &Error) {

@@ -6,6 +6,7 @@ use super::guard::{Gauge, Guard};
 use super::options::{Options, OverlayPlace, SnapshotChoice, SyncMode, WriterChoice};
 use super::origin::Origin;
 use super::reach;
+use super::vigil::Vigil;
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::cluster::ClusterSize;
 use crate::hold::{self, Place};
@@ -16,7 +17,6 @@ use crate::image::lock::{self, ImageLock, Protection, Terms};
 use crate::image::medium::Medium;
 use crate::image::open::SourceFile;
 use crate::image::raw::Raw;
-use crate::image::stability::Fingerprint;
 use crate::job::Job;
 use crate::manifest::Contents;
 use crate::monitor::{Instant, TargetKind, Warning};
@@ -56,8 +56,8 @@ pub struct Moment {
     time: Clocks,
     on_target: bool,
     frozen: Option<Duration>,
-    /// How the source's files looked at the instant, where nothing else keeps it.
-    before: Vec<Fingerprint>,
+    /// Over the source's files, where nothing else keeps the instant.
+    vigil: Option<Arc<Vigil>>,
     warnings: Vec<Warning>,
     granule: u64,
     tracker: Arc<Tracker>,
@@ -139,7 +139,7 @@ impl Moment {
             time,
             on_target: false,
             frozen: None,
-            before: Vec::new(),
+            vigil: None,
             warnings,
             granule,
             tracker,
@@ -163,16 +163,17 @@ impl Moment {
         } else {
             if attached > 0 {
                 moment.how = Instant::Frozen;
-                // Its writers have flushed their tables: what was read before is out of date.
-                moment.image = disk.origin.reopen(disk.options, disk.job)?;
             } else if disk.options.allow_inconsistent {
                 moment.how = Instant::Unchecked;
             } else if !disk.origin.is_watched() {
                 moment.how = Instant::Unwatched;
             }
             moment.watch(disk)?;
+            // Locked and looked at: what was read before may be out of date, of writers that were frozen it is.
+            moment.image = disk.origin.as_of_now(disk.options, disk.job)?;
             moment.guard(disk)?;
         }
+        disk.origin.refuse_resized()?;
         Ok(moment)
     }
 
@@ -196,7 +197,7 @@ impl Moment {
         Ok(true)
     }
 
-    /// Locks the source's files, and looks at them for [`Moment::check`].
+    /// Locks the source's files, and looks at those for [`Moment::check`] that no writer was frozen for.
     fn watch(&mut self, disk: &Ready<'_>) -> Result<()> {
         let terms = if self.how == Instant::Unchanging { Terms::Read } else { Terms::ReadShared };
         for file in disk.origin.files() {
@@ -205,11 +206,10 @@ impl Moment {
                 Protection::Unsupported(message) => self.warnings.push(Warning::general("no_locks", message)),
             }
         }
-        if self.how != Instant::Frozen {
-            self.before = fingerprints(&disk.origin)?;
-            // What can be told at once (a mounted device) must not cost a whole copy first.
-            self.compare(&disk.origin, &self.before)?;
-        }
+        let vigil = Vigil::begin(disk.origin.files(), self.how == Instant::Frozen)?;
+        // What can be told at once must not cost a whole copy first.
+        self.judge(vigil.change_at_once())?;
+        self.vigil = Some(Arc::new(vigil));
         Ok(())
     }
 
@@ -243,7 +243,7 @@ impl Moment {
                 self.tracker.attach_free_map(writers.free_map());
                 let preserver = Preserver::new(self.tracker.clone(), self.image.clone(), overlay.clone());
                 let preserver = preserver.noting(self.unallocated.clone());
-                let guard = Guard::new(preserver, disk.job, self.reach);
+                let guard = Guard::new(preserver, disk.job, self.reach, self.vigil.clone());
                 let gauge = Gauge::new(overlay.clone(), writers.clone());
                 disk.job.set_gauges(Arc::new(gauge));
                 let released = writers.clone();
@@ -335,21 +335,19 @@ impl Moment {
 
     /// After the last read: is the copy as of the instant? Lets the writers go, whatever the answer. False: the source
     /// changed, and the user allows it.
-    pub fn check(&self, origin: &Origin) -> Result<bool> {
+    pub fn check(&self) -> Result<bool> {
         // While writers that start are still attached: what those change that start later was not read.
-        let after = if self.before.is_empty() { Vec::new() } else { fingerprints(origin)? };
-        let mut had_writers = false;
+        let now = self.vigil.as_ref().map(|vigil| vigil.look()).transpose();
         if let Some(writers) = &self.writers {
             writers.finish()?;
-            had_writers = writers.counts().ever > 0;
         }
-        // One who started after the instant was trapped, and changed the source in our sight.
-        if self.before.is_empty() || had_writers { Ok(true) } else { self.compare(origin, &after) }
+        match self.vigil.as_ref().zip(now?) {
+            Some((vigil, now)) => self.judge(vigil.change(&now)?),
+            None => Ok(true),
+        }
     }
 
-    fn compare(&self, origin: &Origin, after: &[Fingerprint]) -> Result<bool> {
-        let mut pairs = origin.files().iter().zip(after.iter().zip(&self.before));
-        let change = pairs.find_map(|(file, (after, before))| Some((&file.path, after.changed_since(before)?)));
+    fn judge(&self, change: Option<(&Path, String)>) -> Result<bool> {
         match change {
             None => Ok(true),
             Some(_) if self.how == Instant::Unchecked => Ok(false),
@@ -429,11 +427,4 @@ fn no_live(options: &Options, format: Format) -> Error {
 
 fn no_writer(options: &Options) -> Error {
     Error::new(Kind::Source, format!("no cooperating writer of '{}' is running", options.device))
-}
-
-fn fingerprints(origin: &Origin) -> Result<Vec<Fingerprint>> {
-    let take = |file: &SourceFile| {
-        Fingerprint::take(file.raw.as_file(), &file.path).map_err(|e| Error::file(Side::Source, "stat", &file.path, e))
-    };
-    origin.files().iter().map(take).collect()
 }

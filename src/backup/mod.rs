@@ -13,6 +13,7 @@ mod reach;
 mod rehearsal;
 mod target_format;
 mod view;
+mod vigil;
 
 pub use crate::ring::server::OnCbwError;
 pub use options::{
@@ -183,7 +184,7 @@ fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary,
     let warnings = destination.make(disk, &origin).map_err(failure)?;
     warnings.iter().for_each(|warning| monitor.event(Event::Warning(warning)));
     if options.sync == SyncMode::None {
-        return Err(keep_overwritten(disk, &origin, destination, moment));
+        return Err(keep_overwritten(disk, destination, moment));
     }
     let proof = Proof::of(disk, origin.length(), expected, moment);
     let copied = match proven_copy(disk, &origin, &destination, moment, proof) {
@@ -220,10 +221,10 @@ fn back_up(disk: Disk<'_>, ready: Ready<'_>, moment: &Moment) -> Result<Summary,
 }
 
 /// Copies what writers overwrite until the job is cancelled, which keeps the target: that is no failure but for its name.
-fn keep_overwritten(disk: Disk<'_>, origin: &Origin, destination: Destination, moment: &Moment) -> Failure {
+fn keep_overwritten(disk: Disk<'_>, destination: Destination, moment: &Moment) -> Failure {
     let Disk { options, job, monitor } = disk;
     job.enter(Phase::Copy);
-    let copied = copier(disk, moment, &destination, None).run_until_cancelled(|| moment.check(origin).map(drop));
+    let copied = copier(disk, moment, &destination, None).run_until_cancelled(|| moment.check().map(drop));
     let copied = copied.map_err(|error| moment.lost().unwrap_or(error)).and_then(|_| destination.flush());
     let published = match copied {
         Ok(()) => destination.publish(options.fsync),
@@ -257,7 +258,7 @@ fn proven_copy(
     let mut taken = proof::taken(moment);
     job.enter(Phase::Copy);
     let losses = copy(disk, moment, destination, proof.hashing()).map_err(|error| moment.lost().unwrap_or(error))?;
-    let consistent = moment.check(origin)?;
+    let consistent = moment.check()?;
     taken.consistent = consistent;
     job.enter(Phase::Flush);
     hold::at(Place::Flushing);

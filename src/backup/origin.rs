@@ -11,6 +11,7 @@ use crate::image::Image;
 use crate::image::format::Format;
 use crate::image::identity;
 use crate::image::location::Location;
+use crate::image::medium::Identity;
 #[cfg(feature = "nbd")]
 use crate::image::nbd::{Nbd, Use};
 #[cfg(feature = "nbd")]
@@ -18,6 +19,7 @@ use crate::image::open::open_elsewhere;
 use crate::image::open::{Source, SourceFile, SourceOptions, open_source};
 use crate::image::prefix::Prefix;
 use crate::image::qcow2::header::Backing;
+use crate::image::stability::Fingerprint;
 use crate::image::top::Top;
 use crate::job::Job;
 use crate::monitor::Warning;
@@ -33,6 +35,8 @@ pub struct Origin {
     /// For [`SyncMode::Top`] of an image that has a backing file, and [`SyncMode::None`].
     backing: Option<Backing>,
     only_allocated: bool,
+    /// Bytes that are left of the disk, where some were cut off.
+    trimmed: Option<u64>,
 }
 
 impl Origin {
@@ -45,7 +49,7 @@ impl Origin {
             SyncMode::Top => source.top.as_ref().map(|top| top.backing.clone()),
             SyncMode::None => Some(Self::as_backing(options, source.format)?),
         };
-        Ok(Self { name: options.device.name().to_owned(), source, backing, only_allocated })
+        Ok(Self { name: options.device.name().to_owned(), source, backing, only_allocated, trimmed: None })
     }
 
     /// Leaves what only the backing file holds unallocated, if that is asked for and there is one.
@@ -109,15 +113,47 @@ impl Origin {
         open_elsewhere(image, options.device.name(), options.source_format.unwrap_or(Format::Raw))
     }
 
-    /// The disk's contents, from tables that are read again.
-    pub fn reopen(&self, options: &Options, job: &Job) -> Result<Arc<dyn Image>> {
+    /// The disk's contents, from tables that are read again. A disk whose bytes are all there is of it has none; those that
+    /// QEMU has read must not have changed.
+    pub fn as_of_now(&self, options: &Options, job: &Job) -> Result<Arc<dyn Image>> {
+        if self.format() == Format::Qcow2 && self.is_watched() {
+            return self.reopen(options, job);
+        }
+        if let Some(opened) = self.source.opened.as_ref().filter(|_| !options.allow_inconsistent) {
+            let SourceFile { path, raw, .. } = &self.files()[0];
+            let now = Fingerprint::take(raw.as_file(), path).map_err(|e| Error::file(Side::Source, "stat", path, e))?;
+            if let Some(change) = now.changed_since(opened) {
+                return Err(self.while_opened(&format!("was changed: {change}")));
+            }
+        }
+        Ok(self.image())
+    }
+
+    fn reopen(&self, options: &Options, job: &Job) -> Result<Arc<dyn Image>> {
         let mut again = Self::source(options, job)?;
         Self::narrow(&mut again, options.sync);
-        if again.format != self.format() || again.image.length() != self.length() {
-            let what = format!("source '{}' was replaced while it was opened", options.device);
-            return Err(Error::new(Kind::Source, what));
+        let identity = |file: &SourceFile| file.raw.as_file().metadata().map(|metadata| Identity::of(&metadata)).ok();
+        let are_same = again.files.iter().map(identity).eq(self.files().iter().map(identity));
+        if let Some(length) = self.trimmed.filter(|length| *length < again.image.length()) {
+            again.image = Arc::new(Prefix::of(again.image, length));
+        }
+        if !are_same || again.format != self.format() || again.image.length() != self.length() {
+            return Err(self.while_opened("was replaced"));
         }
         Ok(again.image)
+    }
+
+    /// Fails when a disk whose bytes are all there is of it has not the size any more with which it was opened.
+    pub fn refuse_resized(&self) -> Result<()> {
+        let Some(SourceFile { path, raw, .. }) = self.files().first().filter(|_| self.format() == Format::Raw) else {
+            return Ok(());
+        };
+        let now = raw.medium().length(raw.as_file()).map_err(|e| Error::file(Side::Source, "stat", path, e))?;
+        if now == raw.length() { Ok(()) } else { Err(self.while_opened(&format!("was resized to {now} bytes"))) }
+    }
+
+    fn while_opened(&self, what: &str) -> Error {
+        Error::new(Kind::Source, format!("source '{}' {what} while it was opened", self.name.display()))
     }
 
     /// As it was named.
@@ -146,6 +182,7 @@ impl Origin {
             return Err(Error::differs(what, vec![tail]));
         }
         self.source.image = Arc::new(Prefix::of(self.source.image.clone(), length));
+        self.trimmed = Some(length);
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use super::qcow2::{Cache, Qcow2};
 use super::qemu::{self, Qemu};
 use super::raw::Raw;
 use super::secret::Secret;
+use super::stability::Fingerprint;
 use crate::error::{Error, Kind, Result, Side};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -75,6 +76,8 @@ pub struct Source {
     pub warnings: Vec<String>,
     /// The image on its own, where it has a backing file.
     pub top: Option<TopLayer>,
+    /// How the image's file looked before its tables were read, where they can't be read again at low cost: QEMU has them.
+    pub opened: Option<Fingerprint>,
 }
 
 /// A qcow2 image without what is behind it.
@@ -101,7 +104,7 @@ pub fn open_covered(path: &Path, through: &Path, options: &SourceOptions) -> Res
         Some(format) => format,
         None => opening.probe(path, &first)?,
     };
-    let mut top = None;
+    let (mut top, mut opened) = (None, None);
     let image = match format {
         Format::Raw => first,
         Format::Qcow2 => {
@@ -109,10 +112,14 @@ pub fn open_covered(path: &Path, through: &Path, options: &SourceOptions) -> Res
             top = opening.below.take().map(|backing| TopLayer { image: layers[0].clone(), backing });
             Arc::new(Chain::new(layers))
         }
-        Format::Foreign(format) => opening.foreign(path, format)?,
+        Format::Foreign(format) => {
+            let look = Fingerprint::take(opening.files[0].raw.as_file(), path);
+            opened = Some(look.map_err(|e| Error::file(Side::Source, "stat", path, e))?);
+            opening.foreign(path, format)?
+        }
     };
     let Opening { files, warnings, .. } = opening;
-    Ok(Source { virtual_size: image.length(), image, format, files, warnings, top })
+    Ok(Source { virtual_size: image.length(), image, format, files, warnings, top, opened })
 }
 
 /// A source whose bytes are `image`, which is no file of this machine; `name` is for messages. Not probed. A qcow2 with
@@ -136,7 +143,8 @@ pub fn open_elsewhere(image: Arc<dyn Image>, name: &Path, format: Format) -> Res
             return Err(Error::new(Kind::Usage, what));
         }
     };
-    Ok(Source { virtual_size: image.length(), image, format, files: Vec::new(), warnings: opening.warnings, top: None })
+    let (virtual_size, warnings) = (image.length(), opening.warnings);
+    Ok(Source { virtual_size, image, format, files: Vec::new(), warnings, top: None, opened: None })
 }
 
 impl SourceOptions {

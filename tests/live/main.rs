@@ -9,6 +9,8 @@ mod crowd;
 mod death;
 mod instant;
 mod kit;
+#[cfg(debug_assertions)]
+mod meanwhile;
 mod overlay;
 #[cfg(debug_assertions)]
 mod phases;

@@ -82,6 +82,13 @@ pub trait Trap: Send + Sync {
     /// there again for the instant. May block; after the time-out nobody waits for it any more.
     fn before_write(&self, range: ByteRange) -> Result<()>;
 
+    /// A writer may have started after the instant, unless it is one that died: it has written nothing yet, and does not until
+    /// this returns. May block for a moment.
+    fn writer_may_come(&self) {}
+
+    /// It did, and is attached.
+    fn writer_came(&self) {}
+
     /// The instant is lost, and why. Called once, before any writer is let go. Must not block.
     fn lost(&self, why: &Error);
 }
@@ -300,8 +307,13 @@ impl Hub {
             if lock(&self.links).iter().any(|link| link.number == number && !link.is_over()) {
                 continue;
             }
+            let trap = self.trap.get();
+            trap.iter().for_each(|trap| trap.writer_may_come());
             match Link::attach(self, number, self.terms(trap_at_once)) {
-                Ok(Some(link)) => self.admit(link)?,
+                Ok(Some(link)) => {
+                    trap.iter().for_each(|trap| trap.writer_came());
+                    self.admit(link)?;
+                }
                 Ok(None) => {}
                 Err(why) => return Err(self.unattached(&why)),
             }

@@ -1,0 +1,152 @@
+//! Sources that change beside a backup, by programs that ask nobody: between its opening and its instant, before a writer
+//! starts that asks, and below an image whose writer asks.
+
+use crate::kit;
+use crate::support::hold::Hold;
+use crate::support::{self, Ended, Running, bytes, qemu_img, qemu_io, text};
+use drive_backup::writer::Writer;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use tempfile::TempDir;
+
+/// A source in a folder of its own.
+struct Scene {
+    folder: TempDir,
+    source: &'static str,
+}
+
+impl Scene {
+    fn of(source: &'static str, create: &str) -> Self {
+        let scene = Self { folder: kit::memory_folder(), source };
+        qemu_img(create, &[&scene.path(source)]);
+        scene
+    }
+
+    /// A raw disk that is full.
+    fn raw() -> Self {
+        let scene = Self { folder: kit::memory_folder(), source: "disk.raw" };
+        std::fs::write(scene.path("disk.raw"), bytes::noise(1, LENGTH as usize)).unwrap();
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// How a backup ends while which `meanwhile` is done at `place`.
+    #[track_caller]
+    fn copy(&self, place: &str, arguments: &[&str], meanwhile: impl FnOnce()) -> Ended {
+        let hold = Hold::at(place, self.folder.path());
+        let [source, copy, meet] = [self.source, "copy.raw", "meet"].map(|name| self.path(name));
+        let mut command = support::command(&["--device", text(&source), "--target", text(&copy), "--workers", "1"]);
+        command.args(["--overlay", "memory", "--writer-dir", text(&meet)]).args(arguments);
+        let mut running = Running::start(command.env("DRIVE_BACKUP_HOLD", hold.variable()));
+        let held = hold.reached(&mut running);
+        meanwhile();
+        drop(held);
+        running.ended()
+    }
+
+    fn has_no_copy(&self) {
+        assert!(!self.path("copy.raw").exists());
+    }
+
+    fn overwrite(&self, name: &str, offset: u64) {
+        File::options().write(true).open(self.path(name)).unwrap().write_all_at(b"meanwhile", offset).unwrap();
+    }
+}
+
+const QCOW2: &str = "create -q -f qcow2 -o size=2G";
+const LENGTH: u64 = 8 << 20;
+
+/// Tables that were read at the opening know nothing of what was written then.
+#[test]
+fn what_is_written_to_an_image_before_the_instant_is_in_its_copy() {
+    let scene = Scene::of("disk.qcow2", QCOW2);
+    let source = scene.path(scene.source);
+    qemu_io(&["-f", "qcow2"], &source, &["write -P 1 0 64k"]);
+    // In a part of the disk that had no table yet.
+    let meanwhile = || qemu_io(&["-f", "qcow2"], &source, &["write -P 2 1G 64k"]);
+    scene.copy("Opened", &[], meanwhile).succeeds();
+    qemu_img("compare -q", &[&source, &scene.path("copy.raw")]);
+}
+
+#[test]
+fn an_image_that_another_one_replaces_before_the_instant_is_refused() {
+    let scene = Scene::of("disk.qcow2", QCOW2);
+    let source = scene.path(scene.source);
+    let replace = || {
+        qemu_img(QCOW2, &[&scene.path("new")]);
+        std::fs::rename(scene.path("new"), &source).unwrap();
+    };
+    scene.copy("Opened", &[], replace).fails(4, "was replaced while it was opened");
+    scene.has_no_copy();
+}
+
+#[test]
+fn a_disk_that_grows_before_the_instant_is_refused_rather_than_cut() {
+    for arguments in [&[][..], &["--writer", "none"], &["--allow-inconsistent"]] {
+        let scene = Scene::raw();
+        let grow = || File::options().write(true).open(scene.path(scene.source)).unwrap().set_len(9 << 20).unwrap();
+        scene.copy("Opened", arguments, grow).fails(4, "was resized to 9437184 bytes while it was opened");
+        scene.has_no_copy();
+    }
+}
+
+#[test]
+fn an_image_that_qemu_reads_and_that_changes_before_the_instant_is_refused() {
+    let scene = Scene::of("disk.vdi", "create -q -f vdi -o size=8M");
+    let change = || File::options().append(true).open(scene.path(scene.source)).unwrap().set_len(8 << 20).unwrap();
+    scene.copy("Opened", &[], change).fails(4, "was changed: its size went from");
+    scene.has_no_copy();
+}
+
+/// From its first write on a writer that starts late is trapped; what another program wrote before is not excused by it.
+#[test]
+fn a_change_before_a_writer_starts_is_noticed() {
+    for is_changed in [false, true] {
+        let scene = Scene::raw();
+        let mut writer = None;
+        let ended = scene.copy("Copying", &[], || {
+            if is_changed {
+                scene.overwrite("disk.raw", 0);
+            }
+            let late = Writer::open_in(scene.path("disk.raw"), scene.path("meet")).unwrap();
+            let bracket = late.begin(LENGTH / 2, 9).unwrap();
+            scene.overwrite("disk.raw", LENGTH / 2);
+            drop(bracket);
+            writer = Some(late);
+        });
+        if is_changed {
+            ended.fails(4, "disk.raw' is not consistent");
+            scene.has_no_copy();
+        } else {
+            ended.succeeds();
+        }
+    }
+}
+
+/// Its writer asks for what it writes to the image, and nobody for what is below.
+#[test]
+fn a_backing_file_that_changes_below_a_writer_is_noticed() {
+    for is_changed in [false, true] {
+        let scene = Scene::raw();
+        let top = Scene { source: "top.qcow2", ..scene };
+        let over = format!("create -q -f qcow2 -F raw -b {}", text(&top.path("disk.raw")));
+        qemu_img(&over, &[&top.path("top.qcow2")]);
+        let writer = Writer::open_in(top.path("top.qcow2"), top.path("meet")).unwrap();
+        let ended = top.copy("Copying", &["--writer", "required"], || {
+            if is_changed {
+                top.overwrite("disk.raw", LENGTH / 2);
+            }
+        });
+        if is_changed {
+            ended.fails(4, "disk.raw' is not consistent");
+            top.has_no_copy();
+        } else {
+            ended.succeeds();
+        }
+        drop(writer);
+    }
+}
