@@ -1,6 +1,7 @@
 //! Flags, terminal, exit codes.
 
 mod args;
+mod cause;
 mod ctl;
 mod environment;
 mod exit;

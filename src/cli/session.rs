@@ -1,7 +1,8 @@
 //! One run, from the engine's start to the last record: whatever the engine, the target or a reader does, it ends in
 //! time and says how.
 
-use super::hooks::Hooks;
+use super::cause::{Cause, Verdict};
+use super::hooks::{Hooks, RunHooks};
 use super::json::{self, Body, ExitError};
 use super::progress::{BadEnd, Display, GoodEnd, People, Row, Style, differing};
 use super::records::{Lines, Records};
@@ -75,14 +76,6 @@ pub struct Session {
     remote: Option<Remote>,
 }
 
-/// What cancelled a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cause {
-    Signal(i32),
-    /// The time of this flag was up.
-    Deadline(&'static str),
-}
-
 /// One disk of a run.
 struct Watched {
     job: Arc<Job>,
@@ -113,10 +106,11 @@ enum Undone {
 /// How a disk ended.
 enum Outcome {
     Complete(Summary),
-    Failed(Failure),
-    /// The engine did not come back after a cancel.
-    Abandoned(Undone),
-    Panicked(Undone),
+    /// `released`: the writers were.
+    Failed {
+        failure: Failure,
+        released: bool,
+    },
 }
 
 impl Session {
@@ -209,6 +203,8 @@ impl Session {
         let entries: Vec<_> = (0..watched.len()).map(|place| remote.and_then(|remote| remote.entry(place))).collect();
         let tell_remote = remote.map(Remote::ended);
         let shuts = hooks.runs_nothing_later();
+        let hooks = Arc::new(RunHooks::new(hooks, &options));
+        let told = Arc::clone(&hooks);
         let work = move || {
             let tees = watched.iter().zip(entries).enumerate().map(|(place, ((_, watch), remote))| {
                 let shuts = (place == 0).then_some(shuts);
@@ -219,7 +215,7 @@ impl Session {
             let disks: Vec<Disk<'_>> =
                 disks.map(|((options, (job, _)), tee)| Disk { options, job, monitor: tee }).collect();
             let ended = |place: usize, result| {
-                let result: Result<Summary, Failure> = hooks.after(&disks[place], result);
+                let result: Result<Summary, Failure> = hooks.after(place, disks[place].job, result);
                 tell_remote.iter().for_each(|tell| tell(place, result.as_ref()));
                 // Gone only when the process is about to be.
                 let _ = wake.send(Wake::Ended(place, Box::new(result)));
@@ -232,7 +228,7 @@ impl Session {
             let _ = wake.send(Wake::Left);
         };
         match thread::Builder::new().name("backup".to_owned()).spawn(work) {
-            Ok(_) => self.supervise(),
+            Ok(_) => self.supervise(&told),
             Err(error) => self.fail_all(&format!("start the backup thread: {error}"), Kind::Other),
         }
         self.end()
@@ -246,12 +242,12 @@ impl Session {
 
     fn fail_all(&mut self, why: &str, kind: Kind) {
         for place in 0..self.disks.len() {
-            let error = Error::new(kind, why);
-            self.end_disk(place, Outcome::Failed(Failure { error, target: TargetState::Untouched }));
+            let failure = Failure { error: Error::new(kind, why), target: TargetState::Untouched };
+            self.end_disk(place, Outcome::Failed { failure, released: true });
         }
     }
 
-    fn supervise(&mut self) {
+    fn supervise(&mut self, hooks: &RunHooks) {
         while self.disks.iter().any(|disk| disk.code.is_none()) {
             let wake = match self.cancelled {
                 None => self.woken.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -259,34 +255,36 @@ impl Session {
             };
             match wake {
                 Ok(Wake::Ended(place, result)) => {
-                    self.end_disk(place, result.map_or_else(Outcome::Failed, Outcome::Complete));
+                    let failed = |failure| Outcome::Failed { failure, released: true };
+                    self.end_disk(place, result.map_or_else(failed, Outcome::Complete));
                 }
-                Ok(Wake::Left) => self.give_up(Outcome::Panicked),
+                Ok(Wake::Left) => self.give_up(hooks, Kind::Other, "internal error"),
                 Ok(Wake::Served) => self.unserved -= 1,
                 Ok(Wake::Signal(signal)) => match self.cancelled {
-                    None => self.cancel(Cause::Signal(signal)),
-                    Some(_) if signal == signal_hook::consts::SIGINT => self.abandon(),
+                    None => self.cancel(hooks, Cause::Signal(signal)),
+                    Some(_) if signal == signal_hook::consts::SIGINT => self.abandon(hooks),
                     Some(_) => {}
                 },
-                Ok(Wake::Late(flag)) if self.cancelled.is_none() => self.cancel(Cause::Deadline(flag)),
+                Ok(Wake::Late(flag)) if self.cancelled.is_none() => self.cancel(hooks, Cause::Deadline(flag)),
                 Ok(Wake::Late(_)) => {}
-                Err(_) => self.abandon(),
+                Err(_) => self.abandon(hooks),
             }
         }
     }
 
-    fn cancel(&mut self, cause: Cause) {
+    fn cancel(&mut self, hooks: &RunHooks, cause: Cause) {
         self.cancelled = Some((cause, Instant::now()));
+        hooks.set_cause(cause);
         self.disks.iter().for_each(|disk| disk.job.cancel());
     }
 
-    fn abandon(&mut self) {
+    fn abandon(&mut self, hooks: &RunHooks) {
         self.abandoned = true;
-        self.give_up(Outcome::Abandoned);
+        self.give_up(hooks, Kind::Cancelled, "the job hangs and was abandoned");
     }
 
-    /// Undoes what the engine can't, for every disk that has not ended.
-    fn give_up(&mut self, outcome: impl Fn(Undone) -> Outcome) {
+    /// Undoes what the engine can't, for every disk that has not ended; `why` it can't.
+    fn give_up(&mut self, hooks: &RunHooks, kind: Kind, why: &str) {
         let open = self.disks.iter().enumerate().filter(|(_, disk)| disk.code.is_none());
         let undoing: Vec<(usize, Receiver<bool>)> = open.map(|(place, disk)| (place, disk.undo())).collect();
         let bound = Instant::now() + UNDO_BOUND;
@@ -296,7 +294,9 @@ impl Session {
                 Ok(false) => Undone::TooLate,
                 Err(_) => Undone::NotInTime,
             };
-            self.end_disk(place, outcome(undone));
+            let failure = Failure { error: Error::new(kind, why), target: self.disks[place].state_after(undone) };
+            hooks.gave_up(place, &failure);
+            self.end_disk(place, Outcome::Failed { failure, released: undone != Undone::NotInTime });
         }
     }
 
@@ -383,15 +383,7 @@ impl Watched {
     fn end(&mut self, outcome: Outcome, cause: Option<Cause>) {
         let (code, last) = match outcome {
             Outcome::Complete(summary) => self.complete(&summary),
-            Outcome::Failed(Failure { error, target }) => self.failed(&error, target, true, cause),
-            Outcome::Abandoned(undone) => {
-                let error = Error::new(Kind::Cancelled, "the job hangs and was abandoned");
-                self.failed(&error, self.state_after(undone), undone != Undone::NotInTime, cause)
-            }
-            Outcome::Panicked(undone) => {
-                let error = Error::new(Kind::Other, "internal error");
-                self.failed(&error, self.state_after(undone), undone != Undone::NotInTime, cause)
-            }
+            Outcome::Failed { failure, released } => self.failed(&failure, released, cause),
         };
         let seq = self.watch.records.as_ref().and_then(|records| records.finish(last.clone()));
         if let Some((signs, place)) = &self.signs {
@@ -454,30 +446,11 @@ impl Watched {
         (code, Body::Summary(Box::new(body)))
     }
 
-    fn failed(&self, error: &Error, state: TargetState, released: bool, cause: Option<Cause>) -> (u8, Body) {
-        let (mut code, mut reason) = exit::of(error.kind());
-        let mut message = error.to_string();
-        let mut signal = None;
-        match cause {
-            // Whatever else went wrong meanwhile, a signal is what ended it: a pipe's reader dies of the same Ctrl-C.
-            Some(Cause::Signal(number)) => {
-                let name = signals::name(number);
-                (code, reason, signal) = (exit::of_signal(number), "signal", Some(name));
-                message = format!("ended by {name}: {message}");
-            }
-            // Nothing else had gone wrong: a command that ran after the end may have been under way.
-            Some(Cause::Deadline(flag)) if error.kind() == Kind::Cancelled => {
-                (code, reason) = exit::of(Kind::Deadline);
-                let when = match state {
-                    TargetState::Complete => "during --hook-after",
-                    _ => "before the copy was complete",
-                };
-                message = format!("the time of {flag} was up {when}");
-            }
-            _ => {}
-        }
+    fn failed(&self, failure: &Failure, released: bool, cause: Option<Cause>) -> (u8, Body) {
+        let Failure { error, target: state } = failure;
+        let Verdict { code, reason, signal, message } = Verdict::of(error, *state, cause);
         let begun = self.watch.started.get().is_some();
-        let line = BadEnd { message: &message, state, target: &self.target, begun }.line();
+        let line = BadEnd { message: &message, state: *state, target: &self.target, begun }.line();
         differing(error.differences()).iter().for_each(|line| self.watch.display.fail(line));
         self.watch.display.fail(&line);
         let body = ExitError {

@@ -2,7 +2,7 @@
 
 use crate::kit::{Bench, Running, code, records, wait_until};
 use drive_backup::writer::Writer;
-use nix::libc::SIGINT;
+use nix::libc::{SIGINT, SIGTERM};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -136,6 +136,30 @@ fn one_that_hangs_is_ended_by_its_bound_or_a_signal() {
         wait_until("the hook", || bench.path("begun").exists());
         backup.signal(SIGINT);
         assert_eq!(code(backup.wait()), 130, "{flag}");
+        fs::remove_file(bench.path("begun")).unwrap();
+    }
+}
+
+/// It is not waited for; it hears what whoever started the process hears.
+#[test]
+fn the_one_for_failures_is_told_what_ended_the_run() {
+    let bench = Bench::new();
+    let heard = || wait_until("the hook", || !told(&bench).is_empty());
+    let slow = ["--speed", "64K", "--hook-failed", TELL];
+    assert_eq!(code(bench.backup().args(slow).args(["--timeout", "0.3"]).output().unwrap().status), 10);
+    heard();
+    assert_eq!(told(&bench), ["failed disk.raw out.raw 10 deadline"]);
+    fs::remove_file(bench.path("told")).unwrap();
+    for (signal, line) in [(SIGINT, "130 signal"), (SIGTERM, "143 signal")] {
+        let mut command = bench.backup();
+        command.args(slow).args(["--hook-frozen", "touch begun"]);
+        let mut backup = Running::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
+        wait_until("the copy", || bench.path("begun").exists());
+        backup.signal(signal);
+        backup.wait();
+        heard();
+        assert_eq!(told(&bench), [format!("failed disk.raw out.raw {line}")]);
+        fs::remove_file(bench.path("told")).unwrap();
         fs::remove_file(bench.path("begun")).unwrap();
     }
 }

@@ -53,7 +53,14 @@ fn run_one<E>(session: Session, engine: E) -> Ending
 where
     E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
 {
-    session.run(vec![options()], Hooks::default(), move |disks, ended| {
+    run_with_hooks(session, Hooks::default(), engine)
+}
+
+fn run_with_hooks<E>(session: Session, hooks: Hooks, engine: E) -> Ending
+where
+    E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
+{
+    session.run(vec![options()], hooks, move |disks, ended| {
         let Disk { options, job, monitor } = disks[0];
         ended(0, engine(options, job, monitor));
     })
@@ -365,6 +372,45 @@ fn an_engine_that_hangs_is_abandoned_within_a_second() {
     assert_eq!(records(json).pop().unwrap()["target_state"], "removed");
     let line = "drive-backup: ended by SIGINT: the job hangs and was abandoned; the partial copy was removed\n";
     assert_eq!(text(people), line);
+}
+
+/// It may have to undo what the command before the backup has made, wherever the engine hangs.
+#[test]
+fn the_hook_of_a_failure_is_started_once_when_the_engine_hangs_panics_or_comes_late() {
+    let folder = tempfile::tempdir().unwrap();
+    let told = |name: &str, engine: fn() -> Result<Summary, Failure>, cause: fn(i32) -> Wake| {
+        let (session, _json, _people) = session(view());
+        let (wake, path) = (session.wake.clone(), folder.path().join(name));
+        let command = "echo $DRIVE_BACKUP_HOOK_EXIT_CODE $DRIVE_BACKUP_HOOK_REASON $DRIVE_BACKUP_HOOK_TARGET_STATE \
+            $DRIVE_BACKUP_HOOK_MESSAGE";
+        let command = format!("{command} >> {}", path.display());
+        let ending =
+            run_with_hooks(session, Hooks { failed: Some(command), ..Hooks::default() }, move |_, job, monitor| {
+                begin(job, monitor, TargetKind::File);
+                wake.send(cause(SIGTERM)).unwrap();
+                engine()
+            });
+        let begin = Instant::now();
+        let mut text = String::new();
+        while !text.ends_with('\n') {
+            assert!(begin.elapsed() < BOUND, "{name}: {text}");
+            text = std::fs::read_to_string(&path).unwrap_or_default();
+        }
+        (ending.code, text)
+    };
+    let hangs = || hang();
+    let (signal, late) = (Wake::Signal, |_| Wake::Late("--timeout"));
+    let abandoned = "the job hangs and was abandoned\n";
+    assert_eq!(told("signal", hangs, signal), (143, format!("143 signal removed ended by SIGTERM: {abandoned}")));
+    let up = "the time of --timeout was up before the copy was complete\n";
+    assert_eq!(told("deadline", hangs, late), (10, format!("10 deadline removed {up}")));
+    let panics = || panic!("a bug");
+    assert_eq!(told("panic", panics, |_| Wake::Served), (1, "1 other removed internal error\n".to_owned()));
+    let comes_late = || {
+        thread::sleep(GRACE + UNDO_BOUND + UNDO_BOUND);
+        Err(Failure { error: Error::new(Kind::Cancelled, "cancelled"), target: TargetState::Removed })
+    };
+    assert_eq!(told("late", comes_late, late), (10, format!("10 deadline removed {up}")));
 }
 
 #[test]
