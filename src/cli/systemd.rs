@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
-/// Clients may come.
+/// Clients may come; the instant of a backup is taken.
 pub const READY: &str = "READY=1";
 /// It is about to end.
 pub const STOPPING: &str = "STOPPING=1";
@@ -26,7 +26,7 @@ impl Heartbeat {
     pub fn beat(&mut self, elapsed: Duration, line: impl FnOnce() -> String) {
         if elapsed >= self.next {
             self.next = elapsed + Duration::from_secs(1);
-            tell(&format!("{READY}\nWATCHDOG=1\nSTATUS={}", line()));
+            tell(&format!("WATCHDOG=1\nSTATUS={}", line()));
         }
     }
 }

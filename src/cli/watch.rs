@@ -43,6 +43,7 @@ impl Monitor for Watch {
         match event {
             Event::Opened { .. } => {}
             Event::Started(started) => {
+                systemd::tell(systemd::READY);
                 // Once a run: a second event would be about the same target.
                 let _ = self.started.set(started.clone());
                 self.record(|| Body::Start(Box::new(self.start(started))));
@@ -51,6 +52,7 @@ impl Monitor for Watch {
                 }
             }
             Event::Rehearsed(rehearsal) => {
+                systemd::tell(systemd::READY);
                 self.record(|| Body::Plan(Box::new(plan_record(rehearsal))));
                 progress::rehearsed(rehearsal, self.job.speed()).iter().for_each(|line| self.display.say(line));
             }

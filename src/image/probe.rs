@@ -52,7 +52,8 @@ pub fn encrypted(start: &[u8]) -> Option<Foreign> {
     let (at, luks) = QCOW2_CRYPT_METHOD;
     let is_method = || start.get(at..).is_some_and(|bytes| bytes.starts_with(luks));
     match start {
-        _ if start.starts_with(b"LUKS\xba\xbe\0\x01") => Some(Foreign::Luks),
+        // Whichever version: QEMU says which it can't read, and nobody who has the secret wants the bytes as they are.
+        _ if start.starts_with(b"LUKS\xba\xbe") => Some(Foreign::Luks),
         _ if start.starts_with(&MAGIC) && is_method() => Some(Foreign::EncryptedQcow2),
         _ => None,
     }
@@ -85,8 +86,10 @@ mod tests {
         assert_eq!(encrypted(&qcow2), Some(Foreign::EncryptedQcow2));
         qcow2[35] = 0;
         assert_eq!(encrypted(&qcow2), None);
-        assert_eq!(encrypted(b"LUKS\xba\xbe\0\x01"), Some(Foreign::Luks));
-        for other in [&b""[..], b"LUKS\xba\xbe\0\x02", b"QFI\xfb"] {
+        for version in [b"LUKS\xba\xbe\0\x01", b"LUKS\xba\xbe\0\x02"] {
+            assert_eq!(encrypted(version), Some(Foreign::Luks));
+        }
+        for other in [&b""[..], b"LUKS\xba", b"QFI\xfb"] {
             assert_eq!(encrypted(other), None);
         }
     }

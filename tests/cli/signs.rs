@@ -222,15 +222,41 @@ fn a_service_manager_hears_a_heartbeat_and_how_it_stands() {
     let mut backup = Running::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
     let mut seen = Vec::new();
     while seen.len() < 3 {
-        let mut buffer = [0; 1000];
-        let length = socket.recv(&mut buffer).unwrap();
-        seen.push(String::from_utf8(buffer[..length].to_vec()).unwrap());
+        seen.extend(heard(&socket).filter(|message| message != "READY=1"));
     }
     for message in &seen {
-        assert!(message.starts_with("READY=1\nWATCHDOG=1\nSTATUS="), "{message}");
+        assert!(message.starts_with("WATCHDOG=1\nSTATUS="), "{message}");
     }
     assert!(seen[2].contains(" of 16.0 MiB"), "{}", seen[2]);
     assert_eq!(code(backup.wait()), 0);
+}
+
+/// The next message to the service manager; `None` when none came within the socket's time.
+fn heard(socket: &UnixDatagram) -> Option<String> {
+    let mut buffer = [0; 1000];
+    let length = socket.recv(&mut buffer).ok()?;
+    Some(String::from_utf8(buffer[..length].to_vec()).unwrap())
+}
+
+/// A service of Type=notify that ends without having said so has failed, whatever its status.
+#[test]
+fn a_service_manager_hears_of_every_instant_and_of_nothing_before_it() {
+    let bench = Bench::new();
+    let socket = UnixDatagram::bind(bench.path("notify")).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let run = |arguments: &[&str]| {
+        let status = bench.bare().args(arguments).env("NOTIFY_SOCKET", "notify").output().unwrap().status;
+        (code(status), std::iter::from_fn(|| heard(&socket)).filter(|message| message == "READY=1").count())
+    };
+    let ends = ["--device", "disk.raw", "--target", "out.raw"];
+    let with = |more: &[&'static str]| [&ends[..], more].concat();
+    assert_eq!(run(&ends), (0, 1));
+    assert_eq!(run(&with(&["--dry-run"])), (0, 1));
+    assert_eq!(run(&with(&["--manifest", "out.json"])), (0, 1));
+    assert_eq!(run(&["verify", "out.raw", "--manifest", "out.json"]), (0, 1));
+    assert_eq!(run(&["restore", "out.raw", "--target", "restored.raw"]), (0, 1));
+    // Longer than to the first heartbeat.
+    assert_eq!(run(&with(&["--hook-before", "sleep 0.5; false"])), (9, 0));
 }
 
 #[test]
