@@ -9,7 +9,7 @@
 //! The file beside it has one fixed name per target, `.NAME.drive-backup-partial`, and is locked while a backup writes
 //! it: a second backup of the same target is refused, and what a killed one left is unlocked and swept by the next.
 
-mod attributes;
+pub(crate) mod attributes;
 mod partial;
 
 use crate::error::{Error, Kind, Result, Side};

@@ -6,6 +6,7 @@ pub mod clone;
 pub mod direct;
 #[cfg(test)]
 pub(crate) mod fixture;
+mod flush_queue;
 pub mod format;
 mod holes;
 pub mod identity;

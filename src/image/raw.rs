@@ -1,6 +1,7 @@
 //! A raw image: a regular file or a block device, its bytes as they are.
 
 use super::direct::{AlignedBuffer, Direct};
+use super::flush_queue::FlushQueue;
 use super::holes::Holes;
 use super::medium::{self, Access, Medium};
 use super::{Image, Properties, sys};
@@ -29,6 +30,7 @@ pub struct Raw {
     holes: Holes,
     writeback: Option<Writeback>,
     flush: Flush,
+    flushes: FlushQueue,
     /// The errno of the first failed flush or write-back; 0 while all went well.
     lost: AtomicI32,
     no_seek_data: AtomicBool,
@@ -91,6 +93,7 @@ impl Raw {
             holes: Holes::default(),
             writeback: None,
             flush: Flush::All,
+            flushes: FlushQueue::default(),
             lost: AtomicI32::new(0),
             no_seek_data: AtomicBool::new(false),
             last_data: Mutex::default(),
@@ -268,6 +271,15 @@ impl Raw {
         }
     }
 
+    /// The kernel tells of a page that it lost once, and marks it clean: of two flushes at once only one would hear of it, and a
+    /// later one would succeed without the data.
+    fn flush_by(&self, sync: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+        self.flushes.join(|| match self.lost.load(Relaxed) {
+            0 => sync(&self.file).map_err(|e| self.lose(e)),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        })
+    }
+
     fn lose(&self, error: io::Error) -> io::Error {
         let errno = error.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
         self.lost.store(errno, Relaxed);
@@ -367,17 +379,11 @@ impl Image for Raw {
     }
 
     fn flush(&self) -> io::Result<()> {
-        // After one failed flush the kernel marks the pages clean: a second would succeed without the data.
-        let errno = self.lost.load(Relaxed);
-        if errno != 0 {
-            return Err(io::Error::from_raw_os_error(errno));
-        }
-        let flushed = match self.flush {
+        self.flush_by(|file| match self.flush {
             Flush::Nothing => Ok(()),
-            Flush::Data => self.file.sync_data(),
-            Flush::All => self.file.sync_all(),
-        };
-        flushed.map_err(|e| self.lose(e))
+            Flush::Data => file.sync_data(),
+            Flush::All => file.sync_all(),
+        })
     }
 
     fn properties(&self) -> Properties {

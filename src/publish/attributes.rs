@@ -31,6 +31,12 @@ pub fn keep(old: &File, new: &File) -> Vec<(String, Errno)> {
     lost
 }
 
+/// Whether more is said of who may what than its mode. Where that can't be read, it may be.
+pub fn has_access_list(file: &File) -> bool {
+    let none = [Errno::NODATA, Errno::OPNOTSUPP, Errno::NOSYS];
+    !fgetxattr(file, ACCESS_LIST, &mut [0_u8; 256][..]).is_err_and(|errno| none.contains(&errno))
+}
+
 fn names(file: &File) -> Result<Vec<CString>> {
     let mut list = vec![0; MOST];
     let length = match flistxattr(file, &mut list[..]) {

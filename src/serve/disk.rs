@@ -297,12 +297,16 @@ impl Disk {
     /// [`Disk::write_zeroes`] where that takes no bytes; else ENOTSUP, and nothing has changed but parts of `range` to zeroes.
     pub fn write_zeroes_fast(&self, range: ByteRange, may_unmap: bool) -> io::Result<()> {
         self.check(range, Errno::NOSPC)?;
-        let Some(_bracket) = self.change(range)? else { return Ok(()) };
-        let _turn = self.refuse_zeroed_header(range)?;
-        match &self.raw {
-            Some(raw) if raw.write_zeroes_fast(range, may_unmap)? => Ok(()),
-            _ => Err(Errno::OPNOTSUPP.into()),
-        }
+        let raw = match &self.raw {
+            Some(raw) if raw.medium() == Medium::File => raw,
+            _ if self.read_only => return Err(Errno::PERM.into()),
+            // Before a backup has to save anything for it.
+            _ => return Err(Errno::OPNOTSUPP.into()),
+        };
+        self.in_stretches(range, |stretch| match raw.write_zeroes_fast(stretch, may_unmap)? {
+            true => Ok(()),
+            false => Err(Errno::OPNOTSUPP.into()),
+        })
     }
 
     /// `range` is no longer needed; what it reads as afterwards is undefined. Blocks.

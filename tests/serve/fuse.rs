@@ -1,13 +1,13 @@
 //! A disk as a file: what programs may do with it, what they may not, and backups meanwhile.
 
 use crate::kit::{Served, sparse_disk};
-use crate::support::{LoopDevice, Mount, PATIENCE, folder, qemu_io, run, text, wait_for};
+use crate::support::{LoopDevice, Mount, PATIENCE, folder, qemu_img, qemu_io, run, text, wait_for};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
 use nix::sys::signal::Signal;
 use nix::unistd::{Whence, lseek};
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc::channel;
@@ -314,4 +314,50 @@ fn a_killed_server_leaves_a_mount_that_the_next_one_undoes() {
     assert_eq!(&found, b"kept");
     assert_eq!(served.end(Signal::SIGTERM).code, 0);
     assert!(!served.is_mounted());
+}
+
+/// No flush follows such a write, and of a qcow2 image the table that finds it is in the server's memory until then.
+#[test]
+fn a_write_that_is_to_be_durable_is_when_it_returns() {
+    for flags in [libc::O_DSYNC, libc::O_SYNC, libc::O_DSYNC | libc::O_DIRECT] {
+        let folder = folder();
+        qemu_img("create -q -f qcow2 -o size=64M", &[&folder.path().join("disk.qcow2")]);
+        let mut served = Served::over_itself(folder, "disk.qcow2", &[]);
+        let file = OpenOptions::new().write(true).custom_flags(flags).open(served.path()).unwrap();
+        let bytes = Aligned([7; 4096]);
+        file.write_all_at(&bytes.0, 32 << 20).unwrap();
+        served.end(Signal::SIGKILL);
+        drop(file);
+        run("umount", &["-l", text(served.path())]);
+        qemu_io(&["-f", "qcow2", "-r"], served.path(), &["read -P 7 32M 4k", "read -P 0 0 4k"]);
+    }
+}
+
+/// As O_DIRECT wants it.
+#[repr(align(4096))]
+struct Aligned([u8; 4096]);
+
+/// The group's bits of such a file are not its group's rights.
+#[test]
+fn a_file_with_an_access_control_list_gives_its_group_nothing() {
+    let folder = folder();
+    let disk = folder.path().join("disk.raw");
+    File::create(&disk).unwrap().set_len(MIB).unwrap();
+    std::fs::set_permissions(&disk, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
+    let mode = |path: &Path| path.metadata().unwrap().mode() & 0o777;
+    let mut served = Served::over_itself(folder, "disk.raw", &[]);
+    assert_eq!(mode(served.path()), 0o640);
+    served.end(Signal::SIGTERM);
+    // rw for its owner and user 1234, r for its group, and at most rw for both of these.
+    let entries: [(u16, u16, u32); 5] =
+        [(1, 6, u32::MAX), (2, 6, 1234), (4, 4, u32::MAX), (0x10, 6, u32::MAX), (0x20, 0, u32::MAX)];
+    let bytes = |&(tag, rights, id): &(u16, u16, u32)| {
+        [&tag.to_le_bytes()[..], &rights.to_le_bytes(), &id.to_le_bytes()].concat()
+    };
+    let list: Vec<u8> = 2_u32.to_le_bytes().into_iter().chain(entries.iter().flat_map(bytes)).collect();
+    rustix::fs::setxattr(&disk, "system.posix_acl_access", &list, rustix::fs::XattrFlags::empty()).unwrap();
+    assert_eq!(mode(&disk), 0o660, "as every file system shows it");
+    served.again();
+    assert_eq!(mode(served.path()), 0o600);
+    assert_eq!(served.end(Signal::SIGTERM).code, 0);
 }

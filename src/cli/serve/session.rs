@@ -20,6 +20,7 @@ use crate::serve::{Notice, Notify};
 use anyhow::Context;
 use signal_hook::consts::SIGTERM;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -371,19 +372,28 @@ fn flush(disks: &[Arc<Disk>]) -> Result<()> {
 }
 
 fn remote_setup(plan: &Plan, disks: &[Arc<Disk>], quit: impl Fn() + Send + Sync + 'static) -> Setup {
+    let path = |disk: &Arc<Disk>| disk.path().canonicalize().unwrap_or_else(|_| disk.path().to_owned());
+    let named: Vec<(&str, PathBuf)> = disks.iter().map(|disk| (disk.name(), path(disk))).collect();
     let mut nodes: Vec<Node> = Vec::new();
-    for (disk, asked) in disks.iter().zip(&plan.disks) {
-        let path = disk.path().canonicalize().unwrap_or_else(|_| disk.path().to_owned());
-        let device = match valid_id(disk.name()) {
-            true => disk.name().to_owned(),
-            false => name_of(&path, |name| nodes.iter().all(|node| node.device != name)),
-        };
+    for (((disk, asked), device), (_, path)) in disks.iter().zip(&plan.disks).zip(devices(&named)).zip(named) {
         let (format, length) = (Some(disk.format()), Some(disk.length()));
         let (read_only, secret) = (disk.is_read_only(), asked.secret.clone());
         nodes.push(Node { device, path, format, length, read_only, secret });
     }
     let writer_dir = plan.disks.first().and_then(|disk| disk.writer_dir.clone());
     Setup { nodes, writer_dir: Some(writer_dir.unwrap_or_else(folder::default_path)), quit: Box::new(quit) }
+}
+
+/// What disks with these names and paths are called by clients: each by its name, if that is an id, else by a new one.
+fn devices(named: &[(&str, PathBuf)]) -> Vec<String> {
+    let mut devices: Vec<String> = Vec::new();
+    for (name, path) in named {
+        let is_free =
+            |new: &str| named.iter().all(|(name, _)| *name != new) && devices.iter().all(|device| device != new);
+        let device = if valid_id(name) { (*name).to_owned() } else { name_of(path, is_free) };
+        devices.push(device);
+    }
+    devices
 }
 
 /// Ends the backups that clients started: their targets are removed, or were never begun.

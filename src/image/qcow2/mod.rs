@@ -12,7 +12,6 @@ mod compress;
 mod create;
 mod decompress;
 mod finish;
-mod flush_queue;
 pub mod header;
 mod map;
 mod metadata;

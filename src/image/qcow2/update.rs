@@ -5,7 +5,6 @@
 //! shared one moves to free space, and its old place is released when no table in the file refers to it any more.
 
 use super::decompress::Scratch;
-use super::flush_queue::FlushQueue;
 use super::header::{Compression, Header, incompatible, invalid};
 use super::metadata::Metadata;
 use super::reader::Qcow2;
@@ -14,6 +13,7 @@ use super::table::{COPIED, Cluster, Compressed, ZERO};
 use crate::error::{Error, Result, Side};
 use crate::ground::cluster::{ClusterSize, Clusters};
 use crate::ground::range::{ByteRange, Extent};
+use crate::image::flush_queue::FlushQueue;
 use crate::image::{Image, Properties};
 use std::io;
 use std::ops::Range;

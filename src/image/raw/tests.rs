@@ -271,3 +271,30 @@ fn writeback_begins_before_the_flush() {
         std::thread::yield_now();
     }
 }
+
+#[test]
+fn of_two_flushes_at_once_both_hear_of_a_page_that_is_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    sparse_file(&folder.path().join("disk"), MIB);
+    let image = &open_target(&folder.path().join("disk")).unwrap();
+    let (begun, has_begun) = std::sync::mpsc::channel();
+    let (go_on, goes_on) = std::sync::mpsc::channel();
+    let told = std::thread::scope(|scope| {
+        let first = scope.spawn(move || {
+            image.flush_by(|_| {
+                begun.send(()).unwrap();
+                goes_on.recv().unwrap();
+                Err(Errno::IO.into())
+            })
+        });
+        has_begun.recv().unwrap();
+        // The kernel has told the first.
+        let second = scope.spawn(move || image.flush_by(|_| Ok(())));
+        while image.flushes.waiting() == 0 && !second.is_finished() {
+            std::thread::yield_now();
+        }
+        go_on.send(()).unwrap();
+        [first, second].map(|flush| flush.join().unwrap().map_err(|e| e.raw_os_error()))
+    });
+    assert_eq!(told, [Err(Some(Errno::IO.raw_os_error())); 2]);
+}

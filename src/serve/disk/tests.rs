@@ -253,6 +253,19 @@ impl Image for Told {
 /// No event takes longer.
 const HANGS: Duration = Duration::from_secs(20);
 
+/// A backup of the disk at `path` comes.
+fn attach(folder: &TempDir, path: &Path, length: u64) -> Writers {
+    let terms = Options {
+        length,
+        cluster_size: ClusterSize::new(4096),
+        freeze_timeout: HANGS,
+        cbw_timeout: HANGS,
+        on_cbw_error: OnCbwError::BreakSnapshot,
+        threads: 1,
+    };
+    Writers::attach(folder::Disk::at(path).unwrap(), &folder.path().join("writers"), terms).unwrap()
+}
+
 /// Freezes in the midst of a long `change`: the backup waits for what is done just now, and the change for the backup.
 fn freezes_between_stretches(change: impl Fn(&Disk, ByteRange) -> io::Result<()> + Sync) {
     let folder = tempfile::tempdir().unwrap();
@@ -262,15 +275,7 @@ fn freezes_between_stretches(change: impl Fn(&Disk, ByteRange) -> io::Result<()>
     let (allow, allowed) = channel();
     let image = Arc::new(Told { tell, allowed: Mutex::new(allowed) });
     let disk = Disk { image, ..Disk::open(&options(&folder, &path)).unwrap() };
-    let terms = Options {
-        length: 4 * STRETCH,
-        cluster_size: ClusterSize::new(4096),
-        freeze_timeout: HANGS,
-        cbw_timeout: HANGS,
-        on_cbw_error: OnCbwError::BreakSnapshot,
-        threads: 1,
-    };
-    let writers = Writers::attach(folder::Disk::at(&path).unwrap(), &folder.path().join("writers"), terms).unwrap();
+    let writers = attach(&folder, &path, 4 * STRETCH);
     let range = ByteRange::between(STRETCH - 100, 2 * STRETCH + 100);
     thread::scope(|scope| {
         let changed = scope.spawn(|| change(&disk, range));
@@ -297,4 +302,14 @@ fn freezes_between_stretches(change: impl Fn(&Disk, ByteRange) -> io::Result<()>
 fn a_backup_waits_for_a_stretch_of_zeroes_or_of_a_discard_and_not_for_all() {
     freezes_between_stretches(|disk, range| disk.write_zeroes(range, true));
     freezes_between_stretches(|disk, range| disk.discard(range));
+}
+
+#[test]
+fn zeroes_that_can_not_be_fast_wait_for_no_backup() {
+    let folder = tempfile::tempdir().unwrap();
+    let [_, qcow2] = images(&folder);
+    let disk = Disk::open(&options(&folder, &qcow2)).unwrap();
+    let frozen = attach(&folder, &qcow2, disk.length()).freeze().unwrap();
+    assert_eq!(errno(disk.write_zeroes_fast(ByteRange::new(0, 65_536), true)), code(Errno::OPNOTSUPP));
+    frozen.release().expect("it has waited for the end of the freeze");
 }

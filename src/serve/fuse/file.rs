@@ -2,6 +2,7 @@
 
 use super::work::{Turn, Work};
 use crate::ground::range::{Allocation, ByteRange};
+use crate::publish::attributes;
 use crate::serve::disk::Disk;
 use fuser::{
     CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags, IoctlFlags,
@@ -54,7 +55,7 @@ impl File {
             ctime: image.map_or(epoch, changed),
             crtime: epoch,
             kind: FileType::RegularFile,
-            perm: image.map_or(0o600, |image| (image.mode() & 0o777) as u16),
+            perm: image.map_or(0o600, |image| self.permissions(image.mode())),
             nlink: 1,
             uid: image.map_or(0, |image| image.uid()),
             gid: image.map_or(0, |image| image.gid()),
@@ -62,6 +63,13 @@ impl File {
             blksize: self.disk.sizes().preferred,
             flags: 0,
         })
+    }
+
+    /// Beside an access control list the group's bits are the most that anybody on it has; without the list, which the kernel does
+    /// not know of this file, they would give the group that.
+    fn permissions(&self, mode: u32) -> u16 {
+        let has_list = self.disk.file().is_some_and(attributes::has_access_list);
+        (mode & if has_list { 0o707 } else { 0o777 }) as u16
     }
 
     /// Carries out a change here, or has it carried out; `bytes` are what it holds.
@@ -206,7 +214,7 @@ impl Filesystem for File {
         offset: u64,
         data: &[u8],
         _: WriteFlags,
-        _: OpenFlags,
+        flags: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -219,12 +227,18 @@ impl Filesystem for File {
             Ok(()) => reply.written(length as u32),
             Err(e) => reply.error(e.into()),
         };
+        // Past the page cache the kernel sends no flush after it. O_SYNC has this bit, too; so has RWF_DSYNC.
+        let is_durable = flags.0 & libc::O_DSYNC != 0;
+        let write = move |disk: &Disk, data: &[u8]| {
+            disk.write(data, offset)?;
+            if is_durable { disk.flush() } else { Ok(()) }
+        };
         if let Some(_place) = self.work.place() {
-            return answer(self.disk.write(&data[..inside], offset), inside);
+            return answer(write(&self.disk, &data[..inside]), inside);
         }
         let (disk, data) = (self.disk.clone(), data[..inside].to_vec());
         self.work.hand_over(data.len(), move || {
-            answer(disk.write(&data, offset), data.len());
+            answer(write(&disk, &data), data.len());
             drop(turn);
         });
     }

@@ -75,7 +75,9 @@ impl VhostUserBackend for Device {
         F::CONFIG | F::MQ | F::REPLY_ACK | F::CONFIGURE_MEM_SLOTS | F::RESET_DEVICE
     }
 
+    /// The rings are disabled. What is in flight ends first: the guest's memory may be another's then.
     fn reset_device(&self) {
+        (0..self.queues).for_each(|queue| self.service.settle(queue.into()));
         self.service.acknowledged.store(0, Relaxed);
         self.service.writeback.store(true, Relaxed);
     }

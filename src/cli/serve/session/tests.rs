@@ -34,3 +34,15 @@ fn only_a_second_signal_cuts_a_server_off() {
     assert_eq!(ended(vec![fault(), Wake::Signal(SIGTERM), Wake::Quit, flushed()]), (exit::OTHER, None));
     assert_eq!(ended(vec![fault(), Wake::Signal(SIGTERM), Wake::Signal(SIGINT), flushed()]), cut);
 }
+
+#[test]
+fn no_two_disks_are_one_to_clients() {
+    let names = |named: &[(&str, &str)]| {
+        devices(&named.iter().map(|(name, path)| (*name, PathBuf::from(path))).collect::<Vec<_>>())
+    };
+    assert_eq!(names(&[("a", "/x/a.raw"), ("b", "/x/b.raw")]), ["a", "b"]);
+    // Ids begin with a letter, and have no spaces.
+    assert_eq!(names(&[("a b", "/x/a b.raw"), ("a_b", "/x/a_b.raw")]), ["a_b.2", "a_b"]);
+    assert_eq!(names(&[("100", "/x/100.raw"), ("disk-100", "/x/disk-100.raw")]), ["disk-100.2", "disk-100"]);
+    assert_eq!(names(&[("1", "/x/b.raw"), ("2", "/y/b.raw"), ("b", "/x/c.raw")]), ["b.2", "b.3", "b"]);
+}

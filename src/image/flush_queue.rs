@@ -42,6 +42,12 @@ impl FlushQueue {
         flushed
     }
 
+    /// How many wait for the end of one that runs.
+    #[cfg(test)]
+    pub fn waiting(&self) -> usize {
+        self.turns().waiting
+    }
+
     fn turns(&self) -> MutexGuard<'_, Turns> {
         self.turns.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -87,7 +93,7 @@ mod tests {
             scope.spawn(move || queue.join(first));
             begins.recv().expect("sent above");
             let late: Vec<_> = (0..8).map(|_| scope.spawn(move || queue.join(next))).collect();
-            while queue.turns().waiting < 8 {
+            while queue.waiting() < 8 {
                 std::thread::yield_now();
             }
             assert_eq!(count.load(SeqCst), 0);
