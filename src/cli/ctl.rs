@@ -6,7 +6,7 @@ use super::{Ending, exit, remote};
 use crate::error::{Error, Kind, Result};
 use crate::ground::size::{Rate, parse_rate};
 use crate::qmp::peer::{self, Peer};
-use crate::ring::folder;
+use crate::ring::folder::{self, Folder};
 use clap::{Args, Subcommand, ValueHint};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -77,6 +77,13 @@ struct Found {
     shown: Value,
 }
 
+impl Found {
+    /// It is only there for whoever dismisses it.
+    fn is_over(&self) -> bool {
+        self.shown["status"] == "concluded"
+    }
+}
+
 /// Does it, and says on stderr why it can't.
 pub fn run(args: &CtlArgs) -> Ending {
     match obey(args) {
@@ -89,17 +96,25 @@ pub fn run(args: &CtlArgs) -> Ending {
 }
 
 fn obey(args: &CtlArgs) -> Result<()> {
-    let mut peers = peers(args)?;
-    let mut found = look(&mut peers, args.job.as_deref());
+    let mut peers = Peers::of(args)?;
+    let mut found = peers.look(args.job.as_deref());
     match &args.verb {
         // A job that was named is to be there; of a list programs see that it is empty.
-        CtlVerb::Status { json: false } if found.is_empty() && args.job.is_some() => Err(nobody()),
-        CtlVerb::Status { json } => show(&found, *json),
+        CtlVerb::Status { json: false } if found.is_empty() && args.job.is_some() => Err(peers.nobody()),
+        CtlVerb::Status { json } => {
+            if let Some(error) = peers.silence() {
+                let _ = writeln!(io::stderr(), "drive-backup: {}", one_line(&error.to_string()));
+            }
+            show(&found, *json)
+        }
         CtlVerb::Watch => watch(&mut peers, args.job.as_deref()),
         verb => {
+            found.retain(|job| !job.is_over());
             let one = match (found.pop(), found.is_empty()) {
+                // It may be the one that was meant.
+                (Some(_), true) if args.job.is_none() && peers.silence().is_some() => return Err(peers.nobody()),
                 (Some(one), true) => one,
-                (None, _) => return Err(nobody()),
+                (None, _) => return Err(peers.nobody()),
                 (Some(one), false) => {
                     let ids: Vec<&str> = found.iter().chain([&one]).map(|job| job.id.as_str()).collect();
                     return Err(Error::new(Kind::Usage, format!("say which with --job: {}", ids.join(", "))));
@@ -114,45 +129,87 @@ fn obey(args: &CtlArgs) -> Result<()> {
                 CtlVerb::Resume => ("job-resume", json!({"id": one.id})),
                 _ => ("job-cancel", json!({"id": one.id})),
             };
-            let answer = peers[one.peer].execute(command, arguments);
+            let answer = peers.ask(one.peer, command, arguments);
             let answer = answer.map_err(|e| Error::system(Kind::Other, "talk to the backup", e))?;
             answer.map(drop).map_err(|text| Error::new(Kind::Other, text))
         }
     }
 }
 
-fn nobody() -> Error {
-    Error::new(Kind::Other, "no such job runs")
+/// Everybody who may run a job.
+struct Peers {
+    /// `None`: it is gone, or has not answered, and what it says later is no answer to anything.
+    connected: Vec<(PathBuf, Option<Peer>)>,
+    /// It lives, and does not answer.
+    silent: Option<PathBuf>,
 }
 
-fn peers(args: &CtlArgs) -> Result<Vec<Peer>> {
-    if let Some(path) = &args.qmp {
-        let failed = |e| Error::system(Kind::Other, format!("connect to '{}'", path.display()), e);
-        return Ok(vec![Peer::connect(path).map_err(failed)?]);
-    }
-    let folder = args.writer_dir.clone().unwrap_or_else(folder::default_path);
-    // A dead run's socket is no job.
-    Ok(peer::sockets(&folder).iter().filter_map(|path| Peer::connect(path).ok()).collect())
-}
-
-/// The jobs of all peers that `wanted` names; a peer that is gone has none.
-fn look(peers: &mut [Peer], wanted: Option<&str>) -> Vec<Found> {
-    let mut found = Vec::new();
-    for (peer, connection) in peers.iter_mut().enumerate() {
-        let mut ask = |command| connection.execute(command, json!({})).ok().and_then(std::result::Result::ok);
-        let (Some(jobs), Some(disks)) = (ask("query-block-jobs"), ask("query-block")) else { continue };
-        for shown in jobs.as_array().into_iter().flatten() {
-            let id = shown["device"].as_str().unwrap_or_default().to_owned();
-            let disks = disks.as_array().into_iter().flatten();
-            let disk = disks.into_iter().find(|disk| disk["device"] == shown["disk"]);
-            let disk = disk.and_then(|disk| disk["inserted"]["file"].as_str()).unwrap_or_default().to_owned();
-            let is_wanted = wanted.is_none_or(|wanted| wanted == id || is_path(wanted, &disk));
-            if is_wanted {
-                found.push(Found { peer, id, disk, shown: shown.clone() });
+impl Peers {
+    fn of(args: &CtlArgs) -> Result<Self> {
+        if let Some(path) = &args.qmp {
+            let failed = |e| Error::system(Kind::Other, format!("connect to '{}'", path.display()), e);
+            let peer = Peer::connect(path).map_err(failed)?;
+            return Ok(Self { connected: vec![(path.clone(), Some(peer))], silent: None });
+        }
+        let mut peers = Self { connected: Vec::new(), silent: None };
+        let path = args.writer_dir.clone().unwrap_or_else(folder::default_path);
+        if std::fs::symlink_metadata(&path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
+            return Ok(peers);
+        }
+        // What is in a folder of somebody else's is not believed, and hears nothing.
+        let failed = |e| Error::system(Kind::Other, format!("look for runs in '{}'", path.display()), e);
+        Folder::open(&path).map_err(failed)?;
+        for socket in peer::sockets(&path) {
+            match Peer::connect(&socket) {
+                Ok(peer) => peers.connected.push((socket, Some(peer))),
+                // A dead run's socket is no job.
+                Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {}
+                Err(_) => peers.silent = Some(socket),
             }
         }
+        Ok(peers)
     }
-    found
+
+    fn ask(&mut self, peer: usize, command: &str, arguments: Value) -> io::Result<Result<Value, String>> {
+        let (path, connection) = &mut self.connected[peer];
+        let Some(asked) = connection else { return Err(io::ErrorKind::NotConnected.into()) };
+        asked.execute(command, arguments).inspect_err(|e| {
+            if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) {
+                self.silent = Some(path.clone());
+            }
+            *connection = None;
+        })
+    }
+
+    /// The jobs that `wanted` names; a peer that is gone has none.
+    fn look(&mut self, wanted: Option<&str>) -> Vec<Found> {
+        let mut found = Vec::new();
+        for peer in 0..self.connected.len() {
+            let mut ask = |command| self.ask(peer, command, json!({})).ok().and_then(std::result::Result::ok);
+            let (Some(jobs), Some(disks)) = (ask("query-block-jobs"), ask("query-block")) else { continue };
+            for shown in jobs.as_array().into_iter().flatten() {
+                let id = shown["device"].as_str().unwrap_or_default().to_owned();
+                let disks = disks.as_array().into_iter().flatten();
+                let disk = disks.into_iter().find(|disk| disk["device"] == shown["disk"]);
+                let disk = disk.and_then(|disk| disk["inserted"]["file"].as_str()).unwrap_or_default().to_owned();
+                let is_wanted = wanted.is_none_or(|wanted| wanted == id || is_path(wanted, &disk));
+                if is_wanted {
+                    found.push(Found { peer, id, disk, shown: shown.clone() });
+                }
+            }
+        }
+        found
+    }
+
+    /// Why not all jobs may have been seen.
+    fn silence(&self) -> Option<Error> {
+        let path = self.silent.as_ref()?.display();
+        Some(Error::new(Kind::Other, format!("the run at '{path}' does not answer; --job says which is meant")))
+    }
+
+    fn nobody(&self) -> Error {
+        self.silence().unwrap_or_else(|| Error::new(Kind::Other, "no such job runs"))
+    }
 }
 
 fn is_path(wanted: &str, disk: &str) -> bool {
@@ -185,14 +242,15 @@ fn show(found: &[Found], json: bool) -> Result<()> {
     }
 }
 
-fn watch(peers: &mut [Peer], wanted: Option<&str>) -> Result<()> {
+fn watch(peers: &mut Peers, wanted: Option<&str>) -> Result<()> {
     let (all, mut bars) = (MultiProgress::new(), BTreeMap::<(usize, String), ProgressBar>::new());
     let style = ProgressStyle::with_template("{prefix} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {msg}")
         .map_err(|error| Error::new(Kind::Other, error.to_string()))?;
     loop {
-        let found = look(peers, wanted);
+        let mut found = peers.look(wanted);
+        found.retain(|job| !job.is_over());
         if found.is_empty() {
-            return Ok(());
+            return peers.silence().map_or(Ok(()), Err);
         }
         bars.retain(|key, bar| {
             let runs = found.iter().any(|job| (job.peer, &job.id) == (key.0, &key.1));

@@ -2,6 +2,8 @@
 
 use super::frame::{Cutter, Piece};
 use super::server::private_sockets;
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -24,10 +26,19 @@ pub fn sockets(writer_dir: &Path) -> Vec<PathBuf> {
     private_sockets(writer_dir)
 }
 
+/// Whoever does not accept has a queue, which may be full for good.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
+    rustix::net::connect(&socket, &address)?;
+    Ok(socket.into())
+}
+
 impl Peer {
     /// Connects and negotiates. Blocks for some seconds at most, as does every call.
     pub fn connect(path: &Path) -> io::Result<Self> {
-        let stream = UnixStream::connect(path)?;
+        let stream = connect(path)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         let mut peer = Self { stream, cutter: Cutter::default(), buffer: Vec::new(), taken: 0 };

@@ -180,3 +180,40 @@ fn an_encrypted_disk_is_copied_and_its_secret_never_shown() {
     client.ask("quit", json!({}));
     assert_eq!(server.ended().code, 0);
 }
+
+#[test]
+fn a_folder_that_is_not_ours_alone_is_not_asked() {
+    let bench = Bench::new();
+    let folder = bench.path("theirs");
+    fs::create_dir(&folder).unwrap();
+    fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let _theirs = std::os::unix::net::UnixListener::bind(folder.join("qmp-1-0")).unwrap();
+    for verb in ["status", "watch", "cancel"] {
+        drive_backup(&["ctl", "--writer-dir", text(&folder), verb]).fails(1, "its mode is 755, not 700");
+    }
+    let missing = bench.path("nobodys");
+    drive_backup(&["ctl", "--writer-dir", text(&missing), "cancel"]).fails(1, "no such job runs");
+    assert!(!missing.exists());
+}
+
+/// It may be the one that is meant.
+#[test]
+fn a_run_that_does_not_answer_is_not_taken_for_none() {
+    let bench = Bench::new();
+    let folder = bench.path("w");
+    let runs = run_of(&bench, "disk.raw", &["--speed", "64K"]);
+    let mut client = Client::connect(&bench.path("qmp"));
+    wait_for("the copy", || (client.job()["offset"].as_u64() > Some(0)).then_some(()));
+    let stands_still = std::os::unix::net::UnixListener::bind(folder.join("qmp-1-0")).unwrap();
+    let ctl = |words: &[&str]| drive_backup(&[&["ctl", "--writer-dir", text(&folder)], words].concat());
+    ctl(&["pause"]).fails(1, "does not answer; --job says which is meant");
+    assert_eq!(client.job()["paused"], false);
+    let shown = ctl(&["status"]);
+    assert_eq!((shown.code, shown.stderr.lines().count()), (0, 1), "{shown:?}");
+    assert!(String::from_utf8_lossy(&shown.stdout).starts_with("disk: running"), "{shown:?}");
+    ctl(&["--job", "disk", "cancel"]).succeeds();
+    assert_eq!(runs.ended().code, 1);
+    ctl(&["watch"]).fails(1, "does not answer");
+    drop(stands_still);
+    ctl(&["watch"]).succeeds();
+}
