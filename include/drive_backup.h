@@ -27,7 +27,7 @@ typedef struct drive_backup_writer drive_backup_writer;
 
 /*
  * Lets backups of device, a file or a block device, attach to this process. Call it before the first write; if a
- * backup of it runs right now, this waits until that one has attached, some seconds at most. socket_dir is the
+ * backup of it runs right now, this waits until that one has attached, some seconds, 60 at most. socket_dir is the
  * folder in which writers and backups meet, NULL for the default one. On success *out is the writer, of this process:
  * fork only to exec, or before. Returns 0 or a negative errno.
  *

@@ -368,6 +368,8 @@ mod tests {
         let (listener, entry) = folder.listen(DISK).unwrap();
         let found = folder.writers(DISK).unwrap();
         assert_eq!(found.len(), 1);
+        let path = folder.path().join(name("writer", DISK, found[0]));
+        assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o1000, 0o1000, "nobody takes it for old");
         assert_eq!(folder.writers(Disk::File { device: 1, inode: 0x22 }).unwrap().len(), 0);
         assert!(folder.connect(DISK, found[0], SECOND).unwrap().is_some());
         let accepted = socket::accept(&listener).unwrap();

@@ -3,6 +3,7 @@
 use super::packet::{Malformed, PACKET, Packet};
 use nix::sys::socket::UnixCredentials;
 use nix::sys::socket::sockopt::PeerCredentials;
+use rustix::fs::Mode;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -33,8 +34,13 @@ fn socket() -> io::Result<OwnedFd> {
 }
 
 /// A socket bound to `path` and listening. `accept` on it does not block.
+///
+/// Its file is sticky, which it gets from the unbound socket: whatever cleans folders of temporary files leaves those alone that are
+/// (systemd-tmpfiles; XDG Base Directory Specification, XDG_RUNTIME_DIR), and nothing else tells it that this one is in use.
 pub fn listen(path: &Path) -> io::Result<OwnedFd> {
     let socket = socket()?;
+    let mode = Mode::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode);
+    rustix::fs::fchmod(&socket, mode | Mode::SVTX)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&socket, 16)?;
     rustix::io::ioctl_fionbio(&socket, true)?;

@@ -135,7 +135,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Writer {
     /// Lets backups of the disk at `device`, a file or a block device, attach to this process. Call it before the
-    /// first write. If a backup of it runs right now, this waits until that one has attached, some seconds at most.
+    /// first write. If a backup of it runs right now, this waits until that one has attached, some seconds, 60 at most.
     ///
     /// Writers and backups meet in [`folder::default_path`].
     pub fn open(device: impl AsRef<Path>) -> Result<Self> {
@@ -199,8 +199,8 @@ impl Writer {
     /// During a freeze, when no write is in flight, `quiesce` brings everything that this program has buffered to the
     /// disk; an error makes the backup fail. It replaces an earlier one; blocks while that one runs.
     ///
-    /// It runs on a thread of its own. Its writes may be bracketed on that thread; writes that other threads begin
-    /// wait for the end of the freeze.
+    /// It runs on a thread of its own, with the signals blocked that were when the writer was opened. Its writes may be
+    /// bracketed on that thread; writes that other threads begin wait for the end of the freeze.
     pub fn on_freeze(&self, quiesce: impl FnMut() -> io::Result<()> + Send + 'static) {
         self.shared.set_quiesce(Some(Box::new(quiesce)));
     }

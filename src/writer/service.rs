@@ -24,6 +24,7 @@ use crate::ring::meeting;
 use crate::ring::packet::{Attach, Malformed, Packet};
 use crate::ring::shm::{Bits, Ring};
 use crate::ring::socket::{self, Received};
+use nix::sys::signal::SigSet;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use std::io;
@@ -67,6 +68,8 @@ struct Service {
     link: Link,
     /// Until then nobody is accepted.
     closed_until: Option<Instant>,
+    /// The signals that are blocked in the program's thread which has started this one.
+    programs_mask: SigSet,
 }
 
 /// What a packet or an event leads to, for the one who is attached.
@@ -79,10 +82,11 @@ enum Step {
 
 /// Starts the thread. It ends after [`Shared::stop`] is set and the bell rings.
 pub fn start(shared: Arc<Shared>, listener: OwnedFd, folder: Arc<Folder>) -> io::Result<JoinHandle<()>> {
-    let mut service = Service { shared, listener, folder, link: Link::None, closed_until: None };
+    let programs_mask = SigSet::thread_get_mask()?;
+    let mut service = Service { shared, listener, folder, link: Link::None, closed_until: None, programs_mask };
     thread::Builder::new().name("drive-backup".into()).spawn(move || {
         // The program's signals are for the program's threads.
-        let _ = nix::sys::signal::SigSet::all().thread_block();
+        let _ = SigSet::all().thread_block();
         while !service.shared.stop.load(Ordering::SeqCst) {
             service.turn();
         }
@@ -97,9 +101,15 @@ impl Drop for Service {
     }
 }
 
-fn refuse(socket: impl AsFd, errno: Errno) {
-    // Who does not read it finds the connection closed.
-    let _ = socket::send(socket, &Packet::Refused { errno: errno.raw_os_error() as u32 }, &[]);
+/// Who does not read it finds the connection closed. False: it could not be sent.
+fn refuse(socket: impl AsFd, errno: Errno) -> bool {
+    socket::send(socket, &Packet::Refused { errno: errno.raw_os_error() as u32 }, &[]).is_ok()
+}
+
+/// Refuses a freeze. A backup that does not hear it takes a writer that hung up for dead, unless the mark says otherwise.
+fn refuse_freeze(session: &Session, errno: Errno) -> Step {
+    let heard = refuse(&session.socket, errno);
+    Step::End((!heard).then_some(Breach::Fault))
 }
 
 impl Service {
@@ -147,13 +157,11 @@ impl Service {
             self.closed_until = Some(Instant::now() + BREATHER);
             return;
         };
-        match socket::peer(&socket) {
-            Ok(peer) if self.folder.trusts(peer.uid()) => {}
-            _ => return refuse(socket, Errno::PERM),
-        }
+        let is_trusted = socket::peer(&socket).is_ok_and(|peer| self.folder.trusts(peer.uid()));
         match self.link {
+            _ if !is_trusted => _ = refuse(socket, Errno::PERM),
             Link::None => self.link = Link::Pending(socket, Instant::now() + PENDING),
-            _ => refuse(socket, Errno::BUSY),
+            _ => _ = refuse(socket, Errno::BUSY),
         }
     }
 
@@ -286,8 +294,7 @@ impl Service {
                 None => Step::Stay,
                 Some(Err(e)) => {
                     let errno = e.raw_os_error().filter(|errno| (1..4096).contains(errno));
-                    refuse(&session.socket, errno.map_or(Errno::IO, Errno::from_raw_os_error));
-                    Step::End(None)
+                    refuse_freeze(session, errno.map_or(Errno::IO, Errno::from_raw_os_error))
                 }
                 Some(Ok(())) if drained() => frozen(session),
                 Some(Ok(())) => Step::Phase(Phase::Settling),
@@ -303,8 +310,7 @@ impl Service {
         let mut running = lock(&self.shared.quiescing);
         if *running {
             // The last freeze's callback.
-            refuse(&session.socket, Errno::BUSY);
-            return Step::End(None);
+            return refuse_freeze(session, Errno::BUSY);
         }
         if lock(&self.shared.quiesce).is_none() {
             return frozen(session);
@@ -312,9 +318,11 @@ impl Service {
         *running = true;
         drop(running);
         let outcome = Outcome::default();
-        let (left, shared) = (outcome.clone(), self.shared.clone());
+        let (left, shared, mask) = (outcome.clone(), self.shared.clone(), self.programs_mask);
         let started = thread::Builder::new().name("drive-backup-qui".into()).spawn(move || {
             QUIESCING.set(true);
+            // It is the program's code; what it starts would be deaf to every signal.
+            let _ = mask.thread_set_mask();
             let called = || lock(&shared.quiesce).as_mut().map_or(Ok(()), |quiesce| quiesce());
             // A panic of the callback is a failure of it.
             let result =
@@ -328,8 +336,7 @@ impl Service {
             Ok(_) => Step::Phase(Phase::Quiescing(outcome)),
             Err(_) => {
                 self.shared.has_quiesced();
-                refuse(&session.socket, Errno::AGAIN);
-                Step::End(None)
+                refuse_freeze(session, Errno::AGAIN)
             }
         }
     }
@@ -362,4 +369,18 @@ fn frozen(session: &Arc<Session>) -> Step {
 fn nonsense(session: &Arc<Session>) -> Step {
     refuse(&session.socket, Errno::PROTO);
     Step::End(Some(Breach::Nonsense))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::writer::tests::attached;
+
+    #[test]
+    fn a_refusal_that_nobody_hears_leaves_a_mark() {
+        let (_shared, session, _ring, backup) = attached();
+        assert!(matches!(refuse_freeze(&session, Errno::BUSY), Step::End(None)));
+        drop(backup);
+        assert!(matches!(refuse_freeze(&session, Errno::BUSY), Step::End(Some(Breach::Fault))));
+    }
 }

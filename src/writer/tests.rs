@@ -25,7 +25,7 @@ fn terms() -> Attach {
 }
 
 /// The backup's end is kept, so that it does not hang up.
-fn attached() -> (Arc<Shared>, Arc<Session>, Ring, OwnedFd) {
+pub(super) fn attached() -> (Arc<Shared>, Arc<Session>, Ring, OwnedFd) {
     let terms = terms();
     let (backup, ring) = Ring::create().unwrap();
     let (_bits, bits) = Bits::create(terms.bitmap_bytes()).unwrap();

@@ -186,15 +186,18 @@ impl Link {
         counts.stalls.merge(&self.ring.stalls());
     }
 
-    /// Copies an entry out, then checks it: `None` if it makes no sense.
+    /// Notes an entry that was taken.
     fn take_note(&self, slot: usize, length: u64, most: u64) -> Option<Taken> {
+        self.note(slot, &mut lock(&self.places)[slot], length, most)
+    }
+
+    /// Copies an entry out, then checks it: `None` if it makes no sense.
+    fn note(&self, slot: usize, place: &mut Place, length: u64, most: u64) -> Option<Taken> {
         let (offset, bytes) = self.ring.entry(slot);
         let range = ByteRange::checked(offset, bytes)?;
         if range.is_empty() || range.end() > length || range.length > most {
             return None;
         }
-        let mut places = lock(&self.places);
-        let place = &mut places[slot];
         // Its time began when it was seen waiting, for the writer has counted from there too.
         let seen = place.seen.filter(|(tickets, _)| *tickets == place.tickets);
         place.tickets += 1;
@@ -239,10 +242,12 @@ impl Link {
             };
         }
         for slot in 0..SLOTS {
-            let seen = lock(&self.places)[slot].seen;
+            let place = &mut lock(&self.places)[slot];
+            // The one that was seen: another thread may have served it since, and the slot be another write's.
+            let seen = place.seen.filter(|(tickets, _)| *tickets == place.tickets);
             let late = seen.is_some_and(|(_, since)| now.duration_since(since) >= limit);
             if late && self.ring.take_slot(slot) {
-                overdue.push((slot, self.take_note(slot, length, most)));
+                overdue.push((slot, self.note(slot, place, length, most)));
             }
         }
         overdue
@@ -275,8 +280,10 @@ impl Hub {
     }
 
     /// A capture failed: who has to bear it? When it is the backup, the instant is given up before the write is granted.
-    fn failed(&self, error: &Error) -> Answer {
+    pub(super) fn failed(&self, error: &Error) -> Answer {
         match self.options.on_cbw_error {
+            // There is nothing left for which a write should fail.
+            _ if self.lost.get().is_some() => Answer::Granted,
             OnCbwError::BreakGuestWrite => Answer::Refused(errno_of(error)),
             OnCbwError::BreakSnapshot => {
                 self.lose(error.to_string());

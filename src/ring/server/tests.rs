@@ -5,6 +5,7 @@ mod hostile;
 use super::*;
 use crate::ring::folder::Folder;
 use crate::ring::layout::state;
+use crate::ring::queue::Answer;
 use crate::ring::queue::Slot;
 use crate::writer::Writer;
 use std::path::PathBuf;
@@ -276,6 +277,28 @@ fn the_quiesce_callback_runs_before_the_instant_and_may_write() {
     let frozen = writers.freeze().unwrap();
     assert!(flushed.load(Ordering::SeqCst));
     frozen.release().unwrap();
+}
+
+/// It may start programs, which would be deaf to every signal.
+#[test]
+fn the_quiesce_callback_has_the_programs_signals() {
+    use nix::sys::signal::{SigSet, Signal};
+    let scene = Scene::new();
+    let own = SigSet::from(Signal::SIGUSR2);
+    let writer = thread::scope(|scope| {
+        let start = scope.spawn(|| {
+            own.thread_block().unwrap();
+            scene.writer()
+        });
+        start.join().unwrap()
+    });
+    let (tell, told) = mpsc::channel();
+    writer.on_freeze(move || {
+        tell.send(SigSet::thread_get_mask()?).unwrap();
+        Ok(())
+    });
+    scene.attach(options()).unwrap().freeze().unwrap().release().unwrap();
+    assert_eq!(told.recv_timeout(HANGS).unwrap(), own);
 }
 
 #[test]
@@ -559,6 +582,16 @@ fn a_fault_in_a_capture_is_a_failed_capture() {
     writers.freeze().unwrap().thaw(Arc::new(Faulty)).unwrap();
     drop(writer.begin(0, 1).unwrap());
     assert!(writers.check().unwrap_err().to_string().contains("fault"));
+}
+
+#[test]
+fn no_write_fails_for_an_instant_that_is_lost() {
+    let scene = Scene::new();
+    let writers = scene.attach(Options { on_cbw_error: OnCbwError::BreakGuestWrite, ..options() }).unwrap();
+    let error = Error::system(Kind::InstantLost, "save", io::Error::from_raw_os_error(28));
+    assert_eq!(writers.hub.failed(&error), Answer::Refused(28));
+    writers.hub.lose("another writer went on".to_owned());
+    assert_eq!(writers.hub.failed(&error), Answer::Granted);
 }
 
 #[test]
