@@ -32,6 +32,9 @@ const SALVAGE: u64 = 4 << 10;
 /// Between two looks for what writers have overwritten, where nothing else is copied.
 const IDLE: Duration = Duration::from_millis(50);
 
+/// How long the end waits for captures that are under way: what was saved beside them in a granule is claimed with it.
+const LAST_CAPTURES: Duration = Duration::from_secs(2);
+
 /// How long after a trapped write a thread still rests, to leave a processor to those who write.
 const REST: Duration = Duration::from_millis(20);
 /// How often a thread that rests looks whether it is needed.
@@ -193,14 +196,20 @@ impl<'a> Copier<'a> {
     /// What is saved, and what will be as long as the job `waits`.
     fn move_saved(&self, waits: bool) -> Result<()> {
         let mut buffer = self.buffer()?;
+        let since = Instant::now();
         while !waits || self.job.gate() == Gate::Go {
             match self.tracker.claim_saved(self.chunk()) {
                 Some(claim) => self.copy(claim, &mut buffer)?,
                 None if waits && !self.tracker.is_stopped() => self.job.rest(IDLE),
+                None if !waits && self.tracker.keeps_saved() && since.elapsed() < LAST_CAPTURES => thread::sleep(LOOK),
                 None => break,
             }
         }
         self.refuse_lost()?;
+        if !waits && self.tracker.keeps_saved() {
+            let what = "a capture hangs, and with it what was saved beside it can't be copied";
+            return Err(Error::new(Kind::InstantLost, what));
+        }
         match self.tracker.is_stopped() || waits && !self.job.is_cancelled() {
             true => Err(Error::new(Kind::InstantLost, "the instant was given up")),
             false => Ok(()),
@@ -533,26 +542,4 @@ fn merge(ranges: &mut Vec<ByteRange>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_processor_is_left_to_those_who_write() {
-        for (processors, rest) in [(1, vec![1, 2, 3]), (2, vec![1, 2, 3]), (4, vec![3])] {
-            let resting = |number| Manners::of_thread(number, processors).rests(1, Instant::now());
-            assert_eq!((0..4).filter(|number| resting(*number)).collect::<Vec<_>>(), rest, "of {processors}");
-        }
-    }
-
-    #[test]
-    fn a_spare_thread_rests_for_a_while_after_each_trapped_write() {
-        let mut manners = Manners::of_thread(1, 2);
-        let begin = Instant::now();
-        let mut rests = |trapped, at| manners.rests(trapped, begin + at);
-        assert!(!rests(0, Duration::ZERO));
-        assert!(rests(1, LOOK) && rests(1, REST));
-        assert!(!rests(1, LOOK + REST));
-        assert!(rests(3, 2 * REST) && rests(4, 3 * REST - LOOK) && rests(4, 3 * REST));
-        assert!(!rests(4, 4 * REST));
-    }
-}
+mod tests;

@@ -186,6 +186,12 @@ impl Tracker {
         self.lock().state.saved_clusters()
     }
 
+    /// The overlay holds something for the target still, and the instant was not given up.
+    pub fn keeps_saved(&self) -> bool {
+        let shared = self.lock();
+        !shared.is_over() && shared.state.saved_clusters() > 0
+    }
+
     fn lock(&self) -> MutexGuard<'_, Shared> {
         Shared::after_a_panic_stopped(self.shared.lock())
     }
