@@ -53,11 +53,11 @@ qcow2-luks\t'An encrypted qcow2; needs --secret'
 dmg\t'Apple\'s; only as a source'
 cloop\t'A compressed loop device; only as a source'
 bochs\t'Bochs\'; only as a source'"
-complete -c drive-backup -n "__fish_drive_backup_needs_command" -l target-secret -d 'Where the secret is that shall open an encrypted target (luks, qcow2-luks); by default that of --secret' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l target-secret -d 'Where the secret is that shall open an encrypted target (luks, qcow2-luks, else refused); by default that of --secret' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l mode -d 'A new image, or one that is there' -r -f -a "absolute-paths\t'Make a new image beside the target and put it in the target\'s place when it is complete; a device is written in place'
 existing\t'Write into the image that is there, in place'"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l cluster-size -d 'Cluster size of a new qcow2: a power of two from 512 to 2M; 64K by default' -r
-complete -c drive-backup -n "__fish_drive_backup_needs_command" -l compress -d 'Compress a new qcow2: zlib or zstd; with a level, 1 to 9 or 1 to 22, as in zstd:9' -r
+complete -c drive-backup -n "__fish_drive_backup_needs_command" -l compress -d 'Compress a new qcow2: zlib or zstd; with a level, 1 to 9 (3 by default) or 1 to 22 (1), as in zstd:9' -r
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l sparse -d 'Turn runs of zero bytes into holes' -r -f -a "auto\t'Wherever the target can have holes'
 never\t'Write every byte'"
 complete -c drive-backup -n "__fish_drive_backup_needs_command" -l manifest -d 'Write a manifest of the copy: its instant, and hashes by which drive-backup-verify(1) can check it at any time' -r -F
@@ -185,7 +185,7 @@ dmg\t'Apple\'s; only as a source'
 cloop\t'A compressed loop device; only as a source'
 bochs\t'Bochs\'; only as a source'"
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l secret -d 'Where the secret is that opens an encrypted image: file:PATH, fd:N or env:NAME' -r
-complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l target-secret -d 'Where the secret is that shall open an encrypted target (luks, qcow2-luks); by default that of --secret' -r
+complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l target-secret -d 'Where the secret is that shall open an encrypted target (luks, qcow2-luks, else refused); by default that of --secret' -r
 complete -c drive-backup -n "__fish_drive_backup_using_subcommand restore" -l format -d 'The target\'s format; by default raw, but what --mode existing finds, or what a new file\'s extension says' -r -f -a "raw\t'The disk\'s bytes and nothing else'
 qcow2\t'QEMU\'s image format, versions 2 and 3; written as 3'
 vmdk\t'VMware\'s; this and all below by qemu-nbd'

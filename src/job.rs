@@ -49,6 +49,8 @@ struct Control {
     paused_by_user: bool,
     stopped_by_error: bool,
     rate: Option<u64>,
+    /// Whatever the rate is, there is no limit just now.
+    lifted: bool,
     throttle: Throttle,
     gauges: Option<Arc<dyn Gauges>>,
     last_read: Readings,
@@ -108,6 +110,10 @@ impl Control {
     fn is_over(&self) -> bool {
         self.cancelled || self.interrupted
     }
+
+    fn limit(&self) -> Option<u64> {
+        self.rate.filter(|_| !self.lifted)
+    }
 }
 
 impl Job {
@@ -121,6 +127,7 @@ impl Job {
                 paused_by_user: false,
                 stopped_by_error: false,
                 rate,
+                lifted: false,
                 throttle: Throttle::new(rate),
                 gauges: None,
                 last_read: Readings::default(),
@@ -237,17 +244,42 @@ impl Job {
         self.control().cancelled
     }
 
-    /// A new speed in bytes a second, at any time; `None`: no limit.
+    /// A new speed in bytes a second, at any time; `None`: no limit. It holds from now on, even where the limit was lifted.
     pub fn set_speed(&self, rate: Option<u64>) {
+        self.set_limit(|control| (control.rate, control.lifted) = (rate, false));
+    }
+
+    /// A new speed that is found and not asked for: it holds when the limit is not lifted any more.
+    pub fn steer(&self, rate: Option<u64>) {
+        self.set_limit(|control| control.rate = rate);
+    }
+
+    /// Lifts the limit, or lets it hold again as it is by then.
+    pub fn lift(&self, lifted: bool) {
+        self.set_limit(|control| control.lifted = lifted);
+    }
+
+    fn set_limit(&self, change: impl FnOnce(&mut Control)) {
         let mut control = self.control();
-        control.rate = rate;
-        control.throttle.set_rate(rate, self.started.elapsed());
+        change(&mut control);
+        let limit = control.limit();
+        control.throttle.set_rate(limit, self.started.elapsed());
         self.wake.notify_all();
     }
 
-    /// The speed in bytes a second; `None`: no limit.
+    /// The speed in bytes a second that holds now; `None`: no limit.
     pub fn speed(&self) -> Option<u64> {
+        self.control().limit()
+    }
+
+    /// The speed that holds when nobody has lifted it.
+    pub fn steered_speed(&self) -> Option<u64> {
         self.control().rate
+    }
+
+    /// Has somebody lifted the limit?
+    pub fn is_lifted(&self) -> bool {
+        self.control().lifted
     }
 
     /// Enters a phase; a cancelled job stays in `Cancel`.
@@ -367,7 +399,7 @@ impl Job {
             zero: self.zero.load(Relaxed),
             verified: self.verified.load(Relaxed),
             errors: self.errors.load(Relaxed),
-            speed_limit: control.rate,
+            speed_limit: control.limit(),
             overlay,
             writers,
         }

@@ -12,8 +12,8 @@
 //! | 1 | [`error`], [`digest`], `snapshot::copy_state` | |
 //! | 2 | `snapshot::tracker`, [`job`] | waits, does no I/O |
 //! | 3 | [`image`], [`manifest`], `snapshot::overlay`, [`hook`], [`sandbox`] | I/O |
-//! | 4 | [`copier`], [`scan`] | the worker loops |
-//! | 5 | [`backup`], [`publish`] | wires everything, joins everything |
+//! | 4 | [`copier`], [`scan`], [`publish`] | the worker loops, the rename |
+//! | 5 | [`backup`] | wires everything, joins everything |
 //! | 6 | `qmp` | block jobs watched and steered over a socket |
 //! | 6 | [`serve`] | disks behind NBD, vhost-user and FUSE |
 //! | 7 | `cli` | flags, terminal, exit codes |

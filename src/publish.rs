@@ -281,8 +281,11 @@ impl Publish {
             && let Err(e) = std::os::unix::fs::fchown(&self.file, Some(old.uid()), Some(old.gid()))
         {
             lost(format!("owner {}:{}", old.uid(), old.gid()), &e);
-            // Under another owner these bits would give rights that nobody granted.
+            // Under another owner these bits would give rights that nobody granted, and to another group the group's.
             mode &= 0o777;
+            if new.gid() != old.gid() && std::os::unix::fs::fchown(&self.file, None, Some(old.gid())).is_err() {
+                mode &= 0o707;
+            }
         }
         for (name, errno) in held.iter().flat_map(|old| attributes::keep(old, &self.file)) {
             // With a list these bits are no group's rights, but the most that anybody on the list has.

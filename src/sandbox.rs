@@ -4,7 +4,7 @@
 //!
 //! | who | from when on | has no more |
 //! |---|---|---|
-//! | a thread that reads an image ([`enter`]) | its start | files by name, programs, and sockets unless an end is a server's |
+//! | a thread that reads an image ([`enter`]) | its start | programs, and files by name and sockets, but for reading and connecting where an end is a server's |
 //! | the whole process ([`shut_process`]) | everything is open, and no program is needed any more | programs, and what changes the machine |
 //!
 //! Threads share their memory, so that what a thread is denied stops an exploit's ordinary ways and not every one. What the

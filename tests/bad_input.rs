@@ -89,9 +89,45 @@ fn what_is_no_disk() {
 
 /// Root without the right to pass over permissions.
 fn as_a_mortal(arguments: &[&str]) -> Ended {
+    without(&["--bounding-set=-dac_override,-dac_read_search"], arguments)
+}
+
+/// Root without what setpriv takes.
+fn without(taken: &[&str], arguments: &[&str]) -> Ended {
     let mut command = Command::new("setpriv");
-    command.args(["--bounding-set=-dac_override,-dac_read_search", BINARY]).args(arguments);
+    command.args(taken).arg(BINARY).args(arguments);
     Ended::of(piped(command).output().expect("setpriv runs"))
+}
+
+/// What the old file's group may do with it, its group and no other may do with the new one.
+#[test]
+fn a_group_that_can_not_be_kept_takes_its_rights_with_it() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    const GROUP: u32 = 12345;
+    for (groups, group, mode) in [("--groups=12345", GROUP, 0o640), ("--clear-groups", 0, 0o600)] {
+        let lab = Lab::new();
+        let (device, target) = (lab.path("disk.raw"), lab.path("old.raw"));
+        std::os::unix::fs::chown(&target, Some(1234), Some(GROUP)).unwrap();
+        std::fs::set_permissions(&target, PermissionsExt::from_mode(0o640)).unwrap();
+        let ended =
+            without(&["--bounding-set=-chown", groups], &["--device", text(&device), "--target", text(&target)]);
+        assert_eq!(ended.code, 0, "{ended:?}");
+        assert!(ended.stderr.contains("owner 1234:12345 of"), "{ended:?}");
+        let new = target.metadata().unwrap();
+        assert_eq!((new.uid(), new.gid(), new.mode() & 0o7777), (0, group, mode), "{groups}");
+    }
+}
+
+/// It fails like any other write that there is no room for.
+#[test]
+fn a_limit_of_a_files_size_is_an_error_and_no_death() {
+    let lab = Lab::new();
+    let (device, target) = (lab.path("disk.raw"), lab.path("new.raw"));
+    let copy = r#"ulimit -f 8; exec "$0" --device "$1" --target "$2" --sparse=never"#;
+    let mut command = Command::new("bash");
+    command.args(["-c", copy, BINARY, text(&device), text(&target)]);
+    Ended::of(piped(command).output().unwrap()).fails(5, "File too large");
+    assert!(!target.exists() && !names(lab.folder.path()).iter().any(|name| name.contains("partial")));
 }
 
 #[test]

@@ -123,6 +123,22 @@ fn a_backing_file_that_a_qemu_writes_is_no_source() {
     assert_eq!(fingerprint(folder.path()), before, "touched");
 }
 
+/// A part of the target is what its backing file shows.
+#[test]
+fn a_backing_file_of_a_target_that_a_qemu_writes_is_refused() {
+    let (folder, raw, target) = lab();
+    let top = folder.path().join("top.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "disk.raw", "-F", "raw", text(&top)]);
+    let arguments = ["restore", text(&target), "--target", text(&top), "--mode", "existing", "--only-changed"];
+    let restore = || support::drive_backup(&arguments);
+    let writer = qemu(&raw, "raw", &[]);
+    let before = fingerprint(folder.path());
+    restore().fails(8, "disk.raw' is being written by another program");
+    assert_eq!(fingerprint(folder.path()), before, "touched");
+    drop(writer);
+    restore().succeeds();
+}
+
 #[test]
 fn an_image_that_a_qemu_uses_is_no_target() {
     let (folder, raw, target) = lab();

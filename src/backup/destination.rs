@@ -64,7 +64,8 @@ pub struct Destination {
     /// Where the image is to be made once the instant is taken.
     #[cfg(feature = "nbd")]
     unmade: Option<Remote>,
-    _lock: Option<ImageLock>,
+    /// The target's, and those of the files behind it.
+    _locks: Vec<ImageLock>,
 }
 
 impl Destination {
@@ -72,7 +73,7 @@ impl Destination {
     pub fn open(disk: Disk<'_>, origin: &Origin) -> Result<Self> {
         let options = disk.options;
         let opened = match &options.target {
-            Target::Nowhere => return Ok(Self::raw_disk(Arc::new(Null::new(origin.length())), TargetKind::Nowhere)),
+            Target::Nowhere => return Ok(Self::nowhere(origin.length())),
             Target::Stdout if options.proof.verify => {
                 return Err(Error::new(Kind::Usage, "a stream can't be read back: verify needs a file or a device"));
             }
@@ -80,6 +81,7 @@ impl Destination {
             Target::At(location) => Self::at(disk, location, origin)?.with_manifest(options, origin),
         };
         let destination = opened?;
+        destination.refuse_idle_secret(options)?;
         match options.restoring.only_changed {
             false => Ok(destination),
             true if destination.is_there() => Ok(destination.only_changed()),
@@ -134,8 +136,20 @@ impl Destination {
             qemu: None,
             #[cfg(feature = "nbd")]
             unmade: None,
-            _lock: None,
+            _locks: Vec::new(),
         }
+    }
+
+    /// Whoever asks for a secret believes that the copy is encrypted.
+    fn refuse_idle_secret(&self, options: &Options) -> Result<()> {
+        let is_encrypted = matches!(self.format, Format::Foreign(format) if format.is_encrypted());
+        if options.target_secret.is_none() || is_encrypted {
+            return Ok(());
+        }
+        let (target, format) = (self.name().display(), self.format);
+        let what =
+            format!("target '{target}' is to be {format}, which is not encrypted: use --format luks or qcow2-luks");
+        Err(Error::new(Kind::Usage, what))
     }
 
     /// Whether there is something before the copy.
@@ -159,8 +173,14 @@ impl Destination {
         Ok(Self { manifest: Some(Publish::begin(path).map_err(of_manifest)?), ..self })
     }
 
+    fn nowhere(length: u64) -> Self {
+        Self { can_flush: false, ..Self::raw_disk(Arc::new(Null::new(length)), TargetKind::Nowhere) }
+    }
+
     fn stream(length: u64) -> Result<Self> {
-        Ok(Self::raw_disk(Arc::new(Stream::stdout(length)?), TargetKind::Stdout))
+        let stream = Stream::stdout(length)?;
+        let can_flush = stream.can_flush().map_err(|e| Error::file(Side::Target, "stat", Path::new("-"), e))?;
+        Ok(Self { can_flush, ..Self::raw_disk(Arc::new(stream), TargetKind::Stdout) })
     }
 
     /// An export that is there, written in place: it is the disk itself, or holds the qcow2 image that was asked for.
@@ -295,7 +315,7 @@ impl Destination {
             qemu: None,
             #[cfg(feature = "nbd")]
             unmade: None,
-            _lock: lock,
+            _locks: lock.into_iter().collect(),
         })
     }
 
@@ -307,6 +327,7 @@ impl Destination {
         let InPlace { image, protection } = open_in_place(path)?;
         let raw = finish_raw(image, options, path)?;
         let (lock, mut warnings) = split(protection);
+        let mut locks: Vec<ImageLock> = lock.into_iter().collect();
         let format = match (options.format, options.mode) {
             (Some(format), _) => format,
             (None, Mode::Existing) => format_of_content(&raw, path)?,
@@ -318,6 +339,17 @@ impl Destination {
             (Format::Raw, _) => raw.clone(),
             (Format::Qcow2, Mode::Existing) => {
                 let backing = open_backing(path).map_err(|error| error.with_kind(Kind::Target))?;
+                // What it shows is a part of the target, if only that is written which differs from it.
+                let behind = backing.as_ref().filter(|_| options.restoring.only_changed);
+                for file in behind.iter().flat_map(|backing| &backing.files) {
+                    let kept = lock::acquire(file.raw.as_file(), &file.path, Side::Target, Terms::Read)?;
+                    let (lock, unlocked) = split(kept);
+                    locks.extend(lock);
+                    warnings.extend(unlocked);
+                }
+                for warning in backing.iter().flat_map(|backing| &backing.warnings) {
+                    warnings.push(Warning::general("target", warning.clone()));
+                }
                 Arc::new(ExistingQcow2::open(path, raw.clone(), backing.map(|backing| backing.image))?)
             }
             (Format::Qcow2, Mode::AbsolutePaths) => Arc::new(new_qcow2(raw.clone(), options, origin)?),
@@ -330,7 +362,7 @@ impl Destination {
             warnings.extend(fitting(options, origin.length(), path, image.length())?);
         }
         let path = Some(path.to_owned());
-        Ok(Self { format, path, warnings, _lock: lock, ..Self::raw_disk(image, kind) })
+        Ok(Self { format, path, warnings, _locks: locks, ..Self::raw_disk(image, kind) })
     }
 
     /// What is written to.
@@ -381,7 +413,7 @@ impl Destination {
             format: Some(self.format),
             backing: true,
             direct,
-            secret: options.target_secret.clone(),
+            secret: options.secret_of_target().cloned(),
             shared: false,
         };
         #[cfg(feature = "nbd")]

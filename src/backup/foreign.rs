@@ -38,7 +38,7 @@ pub fn source(remote: &Remote, how: &SourceOptions, job: &Job) -> Result<Source>
     };
     let image = open(Some(foreign))?;
     let (virtual_size, files, warnings) = (image.length(), Vec::new(), Vec::new());
-    Ok(Source { virtual_size, image: Arc::new(image), format, files, warnings, top: None, opened: None })
+    Ok(Source { virtual_size, image: Arc::new(image), format, files, warnings, top: None, opened: Vec::new() })
 }
 
 fn start(image: &Qemu, remote: &Remote) -> Result<Vec<u8>> {
@@ -192,7 +192,7 @@ pub fn rounded(image: &Qemu, name: &Path, length: u64) -> Option<Warning> {
 
 fn target_terms<'a>(disk: Disk<'a>, format: Option<Foreign>, name: &Path) -> Result<Terms<'a>> {
     let Disk { options, job, .. } = disk;
-    let secret = options.target_secret.as_ref().filter(|_| format.is_some_and(Foreign::is_encrypted));
+    let secret = options.secret_of_target().filter(|_| format.is_some_and(Foreign::is_encrypted));
     if let Some(format) = format {
         qemu::check_secret(format, secret, name)?;
         if !format.is_writable() {

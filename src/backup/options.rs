@@ -109,6 +109,14 @@ pub enum OverlayPlace {
     Memory,
 }
 
+impl OverlayPlace {
+    /// TMPDIR, else /var/tmp: it may grow large and hot, and /tmp is often memory.
+    pub fn of_environment() -> Self {
+        let folder = std::env::var_os("TMPDIR").filter(|folder| !folder.is_empty());
+        Self::Folder(folder.map_or_else(|| "/var/tmp".into(), PathBuf::from))
+    }
+}
+
 /// Everything that a backup needs to know.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -126,7 +134,7 @@ pub struct Options {
     pub target: Target,
     /// `None`: mode `Existing` probes; else by the target's extension; else the source's.
     pub format: Option<Format>,
-    /// What will open an encrypted target.
+    /// What will open the target, which is to be encrypted; `None`: what opens the source, if the target is encrypted.
     pub target_secret: Option<Secret>,
     /// New image or existing one.
     pub mode: Mode,
@@ -175,6 +183,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// What opens an encrypted target.
+    pub(super) fn secret_of_target(&self) -> Option<&Secret> {
+        self.target_secret.as_ref().or(self.secret.as_ref())
+    }
+
     /// A target that holds a part of the disk can't be compared with all of it, and has to be an image.
     pub(super) fn check_sync(&self) -> Result<()> {
         let is_proven = self.proof != ProofOptions::default() || self.restoring != Restoring::default();

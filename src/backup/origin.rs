@@ -19,7 +19,6 @@ use crate::image::open::open_elsewhere;
 use crate::image::open::{Source, SourceFile, SourceOptions, open_source};
 use crate::image::prefix::Prefix;
 use crate::image::qcow2::header::Backing;
-use crate::image::stability::Fingerprint;
 use crate::image::top::Top;
 use crate::job::Job;
 use crate::monitor::Warning;
@@ -119,10 +118,8 @@ impl Origin {
         if self.format() == Format::Qcow2 && self.is_watched() {
             return self.reopen(options, job);
         }
-        if let Some(opened) = self.source.opened.as_ref().filter(|_| !options.allow_inconsistent) {
-            let SourceFile { path, raw, .. } = &self.files()[0];
-            let now = Fingerprint::take(raw.as_file(), path).map_err(|e| Error::file(Side::Source, "stat", path, e))?;
-            if let Some(change) = now.changed_since(opened) {
+        for (file, opened) in self.files().iter().zip(&self.source.opened).filter(|_| !options.allow_inconsistent) {
+            if let Some(change) = file.look()?.changed_since(opened) {
                 return Err(self.while_opened(&format!("was changed: {change}")));
             }
         }

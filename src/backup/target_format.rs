@@ -57,7 +57,7 @@ pub fn foreign_in_place(options: &Options, path: &Path) -> Result<Option<Foreign
             // Without a lock, which QEMU takes for itself; it is looked at again by whoever writes it.
             let raw = Raw::open(path, Side::Target)?;
             let start = start_of(&raw, path)?;
-            let encrypted = probe::encrypted(&start).filter(|_| options.target_secret.is_some());
+            let encrypted = probe::encrypted(&start).filter(|_| options.secret_of_target().is_some());
             probe(&start).foreign.or(encrypted).map_or(Format::Raw, Format::Foreign)
         }
         (None, Mode::AbsolutePaths) => Format::Raw,

@@ -5,7 +5,7 @@
 //! | there was no writer | must not change until the end, or until a writer comes: from then on it is the writer's to change them | must not change until the end |
 //! | writers were frozen | are theirs to change, trapped | must not change until the end |
 
-use crate::error::{Error, Result, Side};
+use crate::error::Result;
 use crate::image::open::{Role, SourceFile};
 use crate::image::stability::Fingerprint;
 use std::path::Path;
@@ -39,14 +39,14 @@ impl Vigil {
     /// dirty pages are written.
     pub fn begin(files: &[SourceFile], frozen: bool) -> Result<Self> {
         let is_watched = |file: &&SourceFile| !frozen || file.role == Role::Backing;
-        let watch = |file: &SourceFile| Ok(Watched { at_instant: fingerprint(file)?, file: file.clone() });
+        let watch = |file: &SourceFile| Ok(Watched { at_instant: file.look()?, file: file.clone() });
         let watched = files.iter().filter(is_watched).map(watch).collect::<Result<_>>()?;
         Ok(Self { watched, met: Mutex::new(Met::Nobody) })
     }
 
     /// How they look now. Blocks like [`Vigil::begin`].
     pub fn look(&self) -> Result<Look> {
-        self.watched.iter().map(|watched| fingerprint(&watched.file)).collect()
+        self.watched.iter().map(|watched| watched.file.look()).collect()
     }
 
     /// A writer may have started: looks, while it has written nothing yet.
@@ -94,13 +94,10 @@ impl Vigil {
     }
 }
 
-fn fingerprint(file: &SourceFile) -> Result<Fingerprint> {
-    Fingerprint::take(file.raw.as_file(), &file.path).map_err(|e| Error::file(Side::Source, "stat", &file.path, e))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Side;
     use crate::image::raw::Raw;
     use std::fs::{self, File};
     use std::sync::Arc;

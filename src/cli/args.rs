@@ -46,7 +46,7 @@ pub struct Args {
     /// The disk image or block device to copy; give it again, with a --target each, for several disks at one instant
     ///
     /// All or nothing until the instant is taken; from then on each copy is on its own. The other options hold for each
-    /// of the disks.
+    /// of the disks. What is no file here is said under PLACES.
     #[arg(long, value_name = "PATH", required = true, help_heading = COPY, value_hint = ValueHint::FilePath)]
     pub device: Vec<PathBuf>,
 
@@ -56,8 +56,8 @@ pub struct Args {
 
     /// Where the secret is that opens an encrypted source: file:PATH, fd:N or env:NAME
     ///
-    /// One newline at its end is not part of it. With it, a source that is LUKS or encrypted qcow2 is read decrypted;
-    /// without it, a disk that begins with LUKS is copied as it is.
+    /// One newline at its end is not part of it. With it, a source that is LUKS (version 1; 2 is refused) or encrypted qcow2 is
+    /// read decrypted; without it, a disk that begins with LUKS is copied as it is, encrypted.
     #[arg(long, value_name = "PLACE", help_heading = COPY)]
     pub secret: Option<SecretPlace>,
 
@@ -80,18 +80,19 @@ pub struct Args {
 
     /// The file or block device to write, or - for a raw stream to standard output
     ///
-    /// A symbolic link is followed. Of several disks the first --target is the first --device's, and so on.
+    /// A symbolic link is followed. What is no file here is said under PLACES. Of several disks the first --target is the first --device's, and so on.
     #[arg(long, value_name = "PATH|-", required = true, help_heading = TARGET, value_hint = ValueHint::FilePath, allow_hyphen_values = false)]
     pub target: Vec<PathBuf>,
 
     /// The target's format
     ///
-    /// By default what --mode existing finds; else what the target's extension says (.raw, .img, .qcow2, .vmdk, .vdi,
-    /// .vhdx, .vhd, .qed, .hdd, .luks); else the source's.
+    /// By default what --mode existing finds; raw for a block device, an NBD export, QEMU's places and -; else what the target's
+    /// extension says (.raw, .img, .qcow2, .vmdk, .vdi, .vhdx, .vhd, .vpc, .qed, .hdd, .luks); else the source's, or raw where
+    /// that can only be read.
     #[arg(long, value_name = "FORMAT", help_heading = TARGET)]
     pub format: Option<ImageFormat>,
 
-    /// Where the secret is that shall open an encrypted target (luks, qcow2-luks); by default that of --secret
+    /// Where the secret is that shall open an encrypted target (luks, qcow2-luks, else refused); by default that of --secret
     #[arg(long, value_name = "PLACE", help_heading = TARGET)]
     pub target_secret: Option<SecretPlace>,
 
@@ -103,7 +104,7 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size, help_heading = TARGET)]
     pub cluster_size: Option<u64>,
 
-    /// Compress a new qcow2: zlib or zstd; with a level, 1 to 9 or 1 to 22, as in zstd:9
+    /// Compress a new qcow2: zlib or zstd; with a level, 1 to 9 (3 by default) or 1 to 22 (1), as in zstd:9
     #[arg(long, value_name = "TYPE[:LEVEL]", value_parser = Compress::parse, help_heading = TARGET)]
     pub compress: Option<Compress>,
 

@@ -65,7 +65,7 @@ pub struct Target {
     #[serde(flatten)]
     pub name: PathName,
     pub format: &'static str,
-    /// file, existing, device, nbd, stdout, none.
+    /// file, existing, device, remote, nbd, stdout, none.
     pub kind: &'static str,
 }
 
@@ -76,7 +76,7 @@ pub struct Start {
     pub device: Device,
     pub target: Target,
     pub point_in_time: String,
-    /// How it was taken: unchanging, reflink, frozen, unchecked.
+    /// How it was taken: unchanging, reflink, frozen, unwatched, unchecked.
     pub instant: &'static str,
     /// Bytes a second; null: none.
     pub speed_limit: Option<u64>,
@@ -210,7 +210,7 @@ pub struct ExitError {
     /// Its name, such as SIGINT.
     pub signal: Option<&'static str>,
     pub message: String,
-    /// removed, incomplete, untouched, complete, kept_bad; absent where there is none.
+    /// removed, incomplete, untouched, complete, kept_bad, old_or_complete; absent where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_state: Option<&'static str>,
     /// Where a comparison found differences.

@@ -106,12 +106,13 @@ where
         Ok(plan) => plan,
         Err(error) => return refuse(arguments, error),
     };
-    let speed = plan.steering.first_speed();
+    let steering = &plan.steering;
+    let speed = if plan.view.dry_run { steering.rehearsed_speed() } else { steering.first_speed() };
     let mut session = Session::start(plan.view, speed, &plan.disks, Ends { files: plan.files, ..ends(plan.view) })?;
     if let Err(error) = session.listen(&plan.disks, plan.qmp.as_deref()) {
         return Ok(session.refuse(&error));
     }
-    match session.own_process(speed).and_then(|()| session.steer(plan.steering)) {
+    match session.own_process().and_then(|()| session.steer(plan.steering, speed)) {
         Ok(()) if plan.view.dry_run => Ok(session.run(plan.disks, Hooks::default(), rehearse_all)),
         Ok(()) => Ok(session.run(plan.disks, plan.hooks, engine)),
         Err(error) => Ok(session.refuse(&Error::new(Kind::Other, format!("{error:#}")))),

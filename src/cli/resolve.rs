@@ -123,15 +123,13 @@ pub fn is_stdout(path: &Path) -> bool {
 /// Of all disks.
 pub struct Secrets {
     pub source: Option<Secret>,
-    /// As the source's, if it has none of its own.
     pub target: Option<Secret>,
 }
 
 impl Secrets {
     pub fn read(source: Option<&SecretPlace>, target: Option<&SecretPlace>) -> Result<Self> {
-        let source = source.map(SecretPlace::read).transpose()?;
-        let target = target.map(SecretPlace::read).transpose()?.or_else(|| source.clone());
-        Ok(Self { source, target })
+        let read = |place: Option<&SecretPlace>| place.map(SecretPlace::read).transpose();
+        Ok(Self { source: read(source)?, target: read(target)? })
     }
 }
 
@@ -235,12 +233,11 @@ pub fn reading(image: &Path, target: Target) -> Result<Options> {
     })
 }
 
-/// The overlay may grow large and hot: /tmp is often memory, so without TMPDIR it is /var/tmp.
 fn overlay(given: Option<&Path>) -> OverlayPlace {
     match given {
         Some(word) if word.as_os_str() == "memory" => OverlayPlace::Memory,
         Some(folder) => OverlayPlace::Folder(folder.to_owned()),
-        None => OverlayPlace::Folder(std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from)),
+        None => OverlayPlace::of_environment(),
     }
 }
 

@@ -55,7 +55,7 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "PLACE", help_heading = RESTORE)]
     pub secret: Option<SecretPlace>,
 
-    /// Where the secret is that shall open an encrypted target (luks, qcow2-luks); by default that of --secret
+    /// Where the secret is that shall open an encrypted target (luks, qcow2-luks, else refused); by default that of --secret
     #[arg(long, value_name = "PLACE", help_heading = RESTORE)]
     pub target_secret: Option<SecretPlace>,
 

@@ -157,7 +157,7 @@ impl Session {
     }
 
     /// Takes over what a process has only one of: signals, the panic hook, the keyboard.
-    pub fn own_process(&self, speed: Option<u64>) -> anyhow::Result<()> {
+    pub fn own_process(&self) -> anyhow::Result<()> {
         let display = self.display.clone();
         // The default hook writes to standard error, which may block.
         std::panic::set_hook(Box::new(move |panic| display.fail(&format!("internal error: {panic}"))));
@@ -172,7 +172,7 @@ impl Session {
                     let _ = wanted.send(());
                 }
             }
-            Request::ToggleSpeed => display.say(&toggle_speed(&jobs, speed)),
+            Request::ToggleSpeed => display.say(&toggle_speed(&jobs)),
             Request::GoOn => {
                 let stopped = |job: &&Arc<Job>| job.snapshot().paused == Some(Pause::Error);
                 jobs.iter().filter(stopped).for_each(|job| job.resume());
@@ -181,11 +181,11 @@ impl Session {
         keys::resume_on_enter(self.jobs()).context("start the keyboard thread")
     }
 
-    /// Lets the speed follow `steering`, and ends the run when its time is up.
-    pub fn steer(&self, steering: Steering) -> anyhow::Result<()> {
+    /// Lets the speed, which is `first` now, follow `steering`, and ends the run when its time is up.
+    pub fn steer(&self, steering: Steering, first: Option<u64>) -> anyhow::Result<()> {
         let wake = self.wake.clone();
         let late = move |flag| drop(wake.send(Wake::Late(flag)));
-        steer::start(steering, self.jobs(), late).context("start the thread that steers")
+        steer::start(steering, first, self.jobs(), late).context("start the thread that steers")
     }
 
     fn jobs(&self) -> Vec<Arc<Job>> {
@@ -403,8 +403,9 @@ impl Watched {
         let code = if summary.is_whole() { exit::COMPLETE } else { exit::NOT_WHOLE };
         let elapsed = self.began.elapsed();
         let rate_avg = (summary.data as f64 / elapsed.as_secs_f64().max(1e-3)) as u64;
-        let compared = self.watch.started.get().is_some_and(|started| started.target_kind == TargetKind::Nowhere);
-        let good = GoodEnd { summary, elapsed, rate_avg, compared };
+        let kind = self.watch.started.get().map(|started| started.target_kind);
+        let compared = kind == Some(TargetKind::Nowhere);
+        let good = GoodEnd { summary, elapsed, rate_avg, compared, sent: kind == Some(TargetKind::Stdout) };
         let display = &self.watch.display;
         good.missing().iter().for_each(|line| display.fail(line));
         if !summary.consistent && !self.view.quiet {
@@ -481,18 +482,19 @@ impl Watched {
 }
 
 /// SIGUSR2; what it did, in words.
-fn toggle_speed(jobs: &[Arc<Job>], limit: Option<u64>) -> String {
-    let set = |speed| jobs.iter().for_each(|job| job.set_speed(speed));
-    match (limit, jobs.iter().find_map(|job| job.speed())) {
-        (None, _) => "SIGUSR2: there is no --speed to turn off".to_owned(),
-        (Some(_), Some(_)) => {
-            set(None);
-            "speed limit off; SIGUSR2 turns it on again".to_owned()
-        }
-        (Some(limit), None) => {
-            set(Some(limit));
-            format!("speed limit {} again", Rate(limit))
-        }
+fn toggle_speed(jobs: &[Arc<Job>]) -> String {
+    let lift = |lifted| jobs.iter().for_each(|job| job.lift(lifted));
+    if jobs.iter().any(|job| job.speed().is_some()) {
+        lift(true);
+        return "speed limit off; SIGUSR2 turns it on again".to_owned();
+    }
+    if !jobs.iter().any(|job| job.is_lifted()) {
+        return "SIGUSR2: there is no limit to turn off".to_owned();
+    }
+    lift(false);
+    match jobs.iter().find_map(|job| job.speed()) {
+        Some(limit) => format!("speed limit {} again", Rate(limit)),
+        None => "no speed limit is asked for any more".to_owned(),
     }
 }
 

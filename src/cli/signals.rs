@@ -2,9 +2,10 @@
 //! a stop. What was ignored when the process began (nohup, `cmd &`) stays ignored, for INT and HUP.
 
 use anyhow::Context;
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use std::fs;
+use std::sync::Arc;
 use std::thread;
 
 /// What a signal asks for.
@@ -28,6 +29,8 @@ pub fn listen(act: impl Fn(Request) + Clone + Send + 'static) -> anyhow::Result<
         Err(ctrlc::Error::MultipleHandlers) => {}
         set => set.context("install the handler of SIGINT")?,
     }
+    // A write past the limit of a file's size (ulimit -f) is to fail, and not to kill; what we start inherits no handler.
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).context("install the handler of SIGXFSZ")?;
     let mut numbers = vec![SIGTERM, SIGUSR1, SIGUSR2, SIGCONT];
     if !is_ignored(SIGHUP) {
         numbers.push(SIGHUP);

@@ -83,25 +83,41 @@ impl Steering {
             Course::Schedule(schedule) => schedule.rate_at(minute(&Zoned::now())),
         }
     }
+
+    /// What a rehearsal reckons with: speeds that find themselves are not known before.
+    pub fn rehearsed_speed(&self) -> Option<u64> {
+        match &self.course {
+            Course::Auto | Course::FinishBy { .. } => None,
+            Course::Steady(_) | Course::Schedule(_) => self.first_speed(),
+        }
+    }
 }
 
-/// Starts a thread that looks at `jobs` until the process ends. Calls `late` once, with the flag, when time is up.
-pub fn start(steering: Steering, jobs: Vec<Arc<Job>>, late: impl Fn(&'static str) + Send + 'static) -> io::Result<()> {
+/// Starts a thread that looks at `jobs`, which have begun with the speed `first`, until the process ends. Calls `late` once, with
+/// the flag, when time is up.
+pub fn start(
+    steering: Steering,
+    first: Option<u64>,
+    jobs: Vec<Arc<Job>>,
+    late: impl Fn(&'static str) + Send + 'static,
+) -> io::Result<()> {
     if matches!(steering, Steering { course: Course::Steady(_), timeout: None }) {
         return Ok(());
     }
     let began = Instant::now();
-    let mut helms: Vec<Helm> = jobs.iter().map(|_| Helm::new(&steering)).collect();
+    let mut helms: Vec<Helm> = jobs.iter().map(|_| Helm::new(&steering, first)).collect();
     let work = move || {
         let mut before = Duration::ZERO;
         loop {
             let (now, elapsed) = (Zoned::now(), began.elapsed());
             let mut is_beginning = false;
             for (job, helm) in jobs.iter().zip(&mut helms) {
-                let look = Look { now: &now, elapsed: elapsed - before, job: job.snapshot() };
+                // Who lifts the limit for a while sets no other.
+                let job_now = Snapshot { speed_limit: job.steered_speed(), ..job.snapshot() };
+                let look = Look { now: &now, elapsed: elapsed - before, job: job_now };
                 is_beginning |= look.job.phase == Phase::Prepare;
                 if let Some(rate) = helm.look(&look) {
-                    job.set_speed(rate);
+                    job.steer(rate);
                 }
             }
             before = elapsed;
@@ -147,14 +163,8 @@ struct Helm {
 }
 
 impl Helm {
-    fn new(steering: &Steering) -> Self {
-        Self {
-            course: steering.course.clone(),
-            courtesy: Courtesy::default(),
-            set: steering.first_speed(),
-            before: None,
-            arrival: None,
-        }
+    fn new(steering: &Steering, first: Option<u64>) -> Self {
+        Self { course: steering.course.clone(), courtesy: Courtesy::default(), set: first, before: None, arrival: None }
     }
 
     /// The speed from now on, if it is to change.
@@ -244,7 +254,8 @@ mod tests {
     }
 
     fn helm(course: Course) -> Helm {
-        Helm::new(&Steering { course, timeout: None })
+        let steering = Steering { course, timeout: None };
+        Helm::new(&steering, steering.first_speed())
     }
 
     #[test]
@@ -352,6 +363,32 @@ mod tests {
         assert_eq!(look(helm.set, &mut helm), Some(Some(MIB)));
         assert_eq!(look(Some(7), &mut helm), None);
         assert_eq!(look(Some(7), &mut helm), None);
+    }
+
+    /// Off and on again is as if nothing had been.
+    #[test]
+    fn a_limit_that_is_lifted_for_a_while_is_planned_on() {
+        let end = Timestamp::now() + 1.hour();
+        let steering = Steering { course: Course::FinishBy { end, reads_back: false }, timeout: None };
+        let job = Arc::new(Job::new(steering.first_speed()));
+        job.set_total(3420 * MIB);
+        job.enter(Phase::Copy);
+        start(steering, job.speed(), vec![job.clone()], |_| {}).unwrap();
+        let wait_for = |what: &str, done: &dyn Fn(Option<u64>) -> bool| {
+            let since = Instant::now();
+            while !done(job.steered_speed()) {
+                assert!(since.elapsed() < Duration::from_secs(20), "{what}");
+                thread::yield_now();
+            }
+        };
+        wait_for("a plan", &|rate| rate.is_some_and(|rate| rate < 2 * MIB));
+        job.lift(true);
+        job.count_data(3000 * MIB);
+        wait_for("another plan", &|rate| rate.is_some_and(|rate| rate < MIB / 2));
+        assert_eq!(job.speed(), None);
+        job.lift(false);
+        job.count_data(400 * MIB);
+        wait_for("a third plan", &|rate| rate.is_some_and(|rate| rate < MIB / 10));
     }
 
     #[test]

@@ -62,6 +62,13 @@ pub struct SourceFile {
     pub raw: Arc<Raw>,
 }
 
+impl SourceFile {
+    /// How it looks now. Blocks while a device's dirty pages are written.
+    pub fn look(&self) -> Result<Fingerprint> {
+        Fingerprint::take(self.raw.as_file(), &self.path).map_err(|e| Error::file(Side::Source, "stat", &self.path, e))
+    }
+}
+
 /// An open source.
 pub struct Source {
     /// The disk as its guest sees it; nothing of it is unallocated.
@@ -76,8 +83,8 @@ pub struct Source {
     pub warnings: Vec<String>,
     /// The image on its own, where it has a backing file.
     pub top: Option<TopLayer>,
-    /// How the image's file looked before its tables were read, where they can't be read again at low cost: QEMU has them.
-    pub opened: Option<Fingerprint>,
+    /// How the files looked when their tables were read, where that can't be done again at low cost: QEMU has them. Else none.
+    pub opened: Vec<Fingerprint>,
 }
 
 /// A qcow2 image without what is behind it.
@@ -104,7 +111,7 @@ pub fn open_covered(path: &Path, through: &Path, options: &SourceOptions) -> Res
         Some(format) => format,
         None => opening.probe(path, &first)?,
     };
-    let (mut top, mut opened) = (None, None);
+    let (mut top, mut opened) = (None, Vec::new());
     let image = match format {
         Format::Raw => first,
         Format::Qcow2 => {
@@ -113,9 +120,10 @@ pub fn open_covered(path: &Path, through: &Path, options: &SourceOptions) -> Res
             Arc::new(Chain::new(layers))
         }
         Format::Foreign(format) => {
-            let look = Fingerprint::take(opening.files[0].raw.as_file(), path);
-            opened = Some(look.map_err(|e| Error::file(Side::Source, "stat", path, e))?);
-            opening.foreign(path, format)?
+            opened.push(opening.files[0].look()?);
+            let image = opening.foreign(path, format)?;
+            opened.extend(opening.files[1..].iter().map(SourceFile::look).collect::<Result<Vec<_>>>()?);
+            image
         }
     };
     let Opening { files, warnings, .. } = opening;
@@ -144,7 +152,7 @@ pub fn open_elsewhere(image: Arc<dyn Image>, name: &Path, format: Format) -> Res
         }
     };
     let (virtual_size, warnings) = (image.length(), opening.warnings);
-    Ok(Source { virtual_size, image, format, files: Vec::new(), warnings, top: None, opened: None })
+    Ok(Source { virtual_size, image, format, files: Vec::new(), warnings, top: None, opened: Vec::new() })
 }
 
 impl SourceOptions {
@@ -225,11 +233,15 @@ impl<'a> Opening<'a> {
             raw = raw.with_direct().map_err(|e| Error::file(Side::Source, "open", path, e))?;
         }
         let raw = Arc::new(raw);
-        if self.files.iter().any(|file| identity(&file.raw).is_some_and(|id| Some(id) == identity(&raw))) {
+        if self.has(&raw) {
             return Err(refusal(format!("'{}' is in the chain already: it is a loop", path.display())));
         }
         self.files.push(SourceFile { path: path.to_owned(), role, raw: raw.clone() });
         Ok(raw)
+    }
+
+    fn has(&self, raw: &Raw) -> bool {
+        self.files.iter().any(|file| identity(&file.raw).is_some_and(|id| Some(id) == identity(raw)))
     }
 
     fn probe(&mut self, path: &Path, file: &Arc<dyn Image>) -> Result<Format> {
@@ -246,7 +258,7 @@ impl<'a> Opening<'a> {
 
     /// Through a child that has the file open for itself.
     #[cfg(feature = "nbd")]
-    fn foreign(&self, path: &Path, format: Foreign) -> Result<Arc<dyn Image>> {
+    fn foreign(&mut self, path: &Path, format: Foreign) -> Result<Arc<dyn Image>> {
         let SourceOptions { backing, direct, ref secret, shared, .. } = *self.options;
         let secret = secret.as_ref().filter(|_| format.is_encrypted());
         qemu::check_secret(format, secret, path)?;
@@ -254,7 +266,15 @@ impl<'a> Opening<'a> {
             lock::refuse_writer(self.files[0].raw.as_file(), path, Side::Source)?;
         }
         let terms = qemu::Terms { side: Side::Source, secret, direct, flushes: false, shared, backing, job: None };
-        Ok(Arc::new(Qemu::open(&qemu::Node::File { path, name: path, format }, terms)?))
+        let qemu = Qemu::open(&qemu::Node::File { path, name: path, format }, terms)?;
+        let others = qemu.files().map_err(|e| Error::file(Side::Source, "find the files of", path, e))?;
+        for (through, path) in others {
+            let raw = Arc::new(Raw::open(&through, Side::Source)?);
+            if !self.has(&raw) {
+                self.files.push(SourceFile { path, role: Role::Data, raw });
+            }
+        }
+        Ok(Arc::new(qemu))
     }
 
     #[cfg(not(feature = "nbd"))]

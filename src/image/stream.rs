@@ -39,6 +39,12 @@ impl Stream {
         Self { file, length, position: Mutex::new(0) }
     }
 
+    /// A flush reaches stable storage. What a pipe's reader does with the bytes is not ours to know.
+    pub fn can_flush(&self) -> io::Result<bool> {
+        let file_type = self.file.metadata()?.file_type();
+        Ok(file_type.is_file() || file_type.is_block_device())
+    }
+
     fn send(&self, mut bytes: &[u8], position: &mut u64) -> io::Result<()> {
         while !bytes.is_empty() {
             match (&self.file).write(bytes) {
@@ -107,9 +113,7 @@ impl Image for Stream {
     }
 
     fn flush(&self) -> io::Result<()> {
-        let file_type = self.file.metadata()?.file_type();
-        // What a pipe's reader does with the bytes is not ours to know.
-        if file_type.is_file() || file_type.is_block_device() { self.file.sync_all() } else { Ok(()) }
+        if self.can_flush()? { self.file.sync_all() } else { Ok(()) }
     }
 
     fn properties(&self) -> Properties {

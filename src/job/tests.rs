@@ -195,6 +195,23 @@ fn what_was_charged_has_to_be_waited_for_unless_the_speed_rises() {
 }
 
 #[test]
+fn a_limit_that_is_lifted_is_steered_on_and_holds_again() {
+    let job = Job::new(Some(1));
+    job.charge(10 << 20);
+    assert_eq!(woken(|| job.gate(), || job.lift(true)), Gate::Go);
+    job.steer(Some(2));
+    assert_eq!((job.speed(), job.steered_speed(), job.is_lifted()), (None, Some(2), true));
+    assert_eq!(job.snapshot().speed_limit, None);
+    assert_eq!(job.gate(), Gate::Go);
+    job.lift(false);
+    assert_eq!((job.speed(), job.snapshot().speed_limit), (Some(2), Some(2)));
+    job.lift(true);
+    // By hand.
+    job.set_speed(Some(3));
+    assert_eq!((job.speed(), job.is_lifted()), (Some(3), false));
+}
+
+#[test]
 fn a_job_at_its_speed_limit_hears_that_it_is_cancelled() {
     let job = Job::new(Some(1));
     job.charge(10 << 20);

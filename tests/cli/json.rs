@@ -102,6 +102,27 @@ fn a_stream_leaves_standard_output_to_the_disk() {
     assert_eq!(records.last().unwrap()["message_type"], "summary");
 }
 
+/// What the reader of a pipe does with the bytes is not known here.
+#[test]
+fn a_stream_is_durable_only_in_a_file() {
+    let bench = Bench::new();
+    let stream = ["--device", "disk.raw", "--target", "-"];
+    let to = |out: Stdio, more: &str| bench.bare().args(stream).arg(more).stdout(out).stderr(Stdio::piped()).output();
+    let file = || Stdio::from(fs::File::create(bench.path("out.raw")).unwrap());
+    for (out, is_durable) in [(file(), true), (Stdio::piped(), false)] {
+        let records = records(&to(out, "--json").unwrap().stderr);
+        assert_eq!(records.last().unwrap()["durable"], is_durable);
+    }
+    for (out, said) in [(file(), "; on stable storage\n"), (Stdio::piped(), "; sent; what its reader does with it")] {
+        let text = String::from_utf8(to(out, "--verbose").unwrap().stderr).unwrap();
+        assert!(text.contains(said), "{text}");
+    }
+    assert_eq!(code(bench.backup().args(["--manifest", "m.json"]).output().unwrap().status), 0);
+    let verified = bench.bare().args(["verify", "out.raw", "--manifest", "m.json", "--json"]).output().unwrap();
+    let last = records(&verified.stdout).pop().unwrap();
+    assert_eq!((&last["result"], &last["durable"]), (&"verified".into(), &false.into()));
+}
+
 #[test]
 fn a_path_that_is_not_utf8_keeps_its_bytes() {
     let bench = Bench::new();

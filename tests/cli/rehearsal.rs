@@ -10,6 +10,20 @@ use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
+/// A speed that finds itself is not known before.
+#[test]
+fn it_reckons_with_no_speed_that_nobody_asked_for() {
+    let bench = Bench::new();
+    for speed in [["--speed", "auto"], ["--finish-by", "2100-01-01"]] {
+        let output = bench.backup().args(["--dry-run", "--json"]).args(speed).output().unwrap();
+        assert_eq!(code(output.status), 0);
+        let plan = &records(&output.stdout)[0];
+        let [read_speed, seconds] = ["read_speed", "seconds"].map(|name| plan[name].as_f64().unwrap());
+        assert!((seconds * read_speed / DISK as f64 - 1.0).abs() < 1e-3, "{plan}");
+        assert!(!String::from_utf8(output.stderr).unwrap().contains("; asked for"));
+    }
+}
+
 #[test]
 fn it_tells_what_a_backup_would_take_and_leaves_nothing() {
     let bench = Bench::new();

@@ -35,6 +35,34 @@ fn nonsense_is_one_line_exit_2_and_touches_nothing() {
     assert_eq!(bench.leftovers(), ["out.raw"]);
 }
 
+/// Whoever gives one believes that the copy is encrypted.
+#[test]
+fn a_secret_for_a_target_that_is_not_encrypted_is_refused() {
+    let bench = Bench::new();
+    fs::write(bench.path("key"), "secret").unwrap();
+    fs::write(bench.path("old.raw"), "precious").unwrap();
+    for (target, more, name) in [
+        ("out.raw", &[][..], "raw"),
+        ("old.raw", &[], "raw"),
+        ("out.qcow2", &[], "qcow2"),
+        ("out.luks", &["--format", "raw"], "raw"),
+        ("-", &[], "raw"),
+    ] {
+        let ends = ["--device", "disk.raw", "--target", target, "--target-secret", "file:key"];
+        let output = bench.bare().args(ends).args(more).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains(&format!("is to be {name}, which is not encrypted: use --format luks")), "{text}");
+        assert!(output.stdout.is_empty());
+    }
+    let restore = ["restore", "disk.raw", "--target", "out.qcow2", "--target-secret", "file:key"];
+    assert_eq!(bench.bare().args(restore).output().unwrap().status.code(), Some(2));
+    assert_eq!(fs::read_to_string(bench.path("old.raw")).unwrap(), "precious");
+    assert_eq!(bench.leftovers(), ["key", "old.raw"]);
+    // That of the source is for a target that is encrypted too, if it is.
+    assert_eq!(code(bench.backup().args(["--secret", "file:key"]).output().unwrap().status), 0);
+}
+
 #[test]
 fn a_stream_is_raw() {
     let bench = Bench::new();

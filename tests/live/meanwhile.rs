@@ -150,3 +150,32 @@ fn a_backing_file_that_changes_below_a_writer_is_noticed() {
         drop(writer);
     }
 }
+
+/// A disk in several files, of which QEMU alone knows.
+#[test]
+fn each_file_of_an_image_that_qemu_reads_is_watched_and_no_target() {
+    for is_changed in [false, true] {
+        let scene = Scene::raw();
+        let vmdk = Scene { source: "disk.vmdk", ..scene };
+        let convert = "convert -O vmdk -o subformat=monolithicFlat -f raw";
+        qemu_img(convert, &[&vmdk.path("disk.raw"), &vmdk.path("disk.vmdk")]);
+        let ended = vmdk.copy("Copying", &[], || {
+            if is_changed {
+                vmdk.overwrite("disk-flat.vmdk", LENGTH / 2);
+            }
+        });
+        if is_changed {
+            ended.fails(4, "disk-flat.vmdk' is not consistent");
+            vmdk.has_no_copy();
+        } else {
+            ended.succeeds();
+        }
+        let [vmdk, flat] = ["disk.vmdk", "disk-flat.vmdk"].map(|name| vmdk.path(name));
+        support::copy(&vmdk, &flat, &[]).fails(2, "disk-flat.vmdk");
+    }
+    let folder = kit::memory_folder();
+    let [base, top] = ["base.qed", "top.qed"].map(|name| folder.path().join(name));
+    qemu_img("create -q -f qed -o size=8M", &[&base]);
+    qemu_img(&format!("create -q -f qed -F qed -b {}", text(&base)), &[&top]);
+    support::copy(&top, &base, &[]).fails(2, "base.qed");
+}

@@ -137,13 +137,19 @@ pub struct GoodEnd<'a> {
     pub rate_avg: u64,
     /// Nothing was written.
     pub compared: bool,
+    /// To standard output.
+    pub sent: bool,
 }
 
 impl GoodEnd<'_> {
     /// In one line.
     pub fn line(&self) -> String {
         let Summary { total, data, durable, .. } = *self.summary;
-        let stable = if durable { "on stable storage" } else { "NOT flushed to stable storage" };
+        let stable = match (durable, self.sent) {
+            (true, _) => "on stable storage",
+            (false, true) => "sent; what its reader does with it is not known here",
+            (false, false) => "NOT flushed to stable storage",
+        };
         let (total, data, rate) = (Bytes(total), Bytes(data), Rate(self.rate_avg));
         let took = match self.elapsed.as_secs() {
             0 => format!("{} ms", self.elapsed.as_millis()),

@@ -506,11 +506,20 @@ fn readers_that_are_gone_cost_nothing() {
 #[test]
 fn the_speed_limit_goes_off_and_on_for_all() {
     let jobs = [50, 50].map(|mib| Arc::new(Job::new(Some(mib << 20))));
-    assert!(toggle_speed(&jobs, Some(50 << 20)).contains("off"));
+    assert!(toggle_speed(&jobs).contains("off"));
     assert!(jobs.iter().all(|job| job.speed().is_none()));
-    assert!(toggle_speed(&jobs, Some(50 << 20)).contains("50.0 MiB/s again"));
+    assert!(toggle_speed(&jobs).contains("50.0 MiB/s again"));
     assert!(jobs.iter().all(|job| job.speed() == Some(50 << 20)));
-    assert!(toggle_speed(&[Arc::new(Job::new(None))], None).contains("no --speed"));
+    assert!(toggle_speed(&[Arc::new(Job::new(None))]).contains("no limit to turn off"));
+    // What is found meanwhile holds afterwards.
+    toggle_speed(&jobs);
+    jobs.iter().for_each(|job| job.steer(Some(7 << 20)));
+    assert!(jobs.iter().all(|job| job.speed().is_none()));
+    assert!(toggle_speed(&jobs).contains("7.00 MiB/s again"));
+    toggle_speed(&jobs);
+    jobs.iter().for_each(|job| job.steer(None));
+    assert!(toggle_speed(&jobs).contains("no speed limit is asked for"));
+    assert!(toggle_speed(&jobs).contains("no limit to turn off"));
 }
 
 mod several;

@@ -8,7 +8,7 @@
 
 use super::handshake::{Export, negotiate};
 use super::reply::{Covered, Head, Sink};
-use crate::nbd::protocol::{CHUNK_MAGIC, Chunk, Request, SimpleReply, command};
+use crate::nbd::protocol::{CHUNK_MAGIC, Chunk, ErrorValue, Request, SimpleReply, command};
 use crate::nbd::stream::Stream;
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
@@ -59,6 +59,8 @@ struct Call {
     error: Option<u32>,
     is_slow: bool,
     takes_bytes: bool,
+    /// Its thread has nothing to send any more, and sleeps.
+    is_asleep: bool,
     wake: Arc<Condvar>,
 }
 
@@ -157,8 +159,8 @@ impl Connection {
         }
         state.last_call += 1;
         let id = state.last_call;
-        let call =
-            Call { open: vec![true; count], left: count, error: None, is_slow, takes_bytes, wake: Arc::default() };
+        let (open, wake) = (vec![true; count], Arc::default());
+        let call = Call { open, left: count, error: None, is_slow, takes_bytes, is_asleep: false, wake };
         state.calls.insert(id, call);
         Ok(id)
     }
@@ -183,17 +185,23 @@ impl Connection {
                 state.calls.remove(&id);
                 return Err(Fault::Lost(error));
             }
-            let call = state.calls.get(&id).expect("entered");
+            let head = state.handed.take_if(|head| head.cookie() >> 16 == id);
+            let may_read = head.is_some() || !state.is_reading;
+            let call = state.calls.get_mut(&id).expect("entered");
             if call.left == 0 {
                 let call = state.calls.remove(&id).expect("just seen");
                 return match call.error {
+                    // The next connection may be one to the server that comes after this one.
+                    Some(error) if ErrorValue::of_wire(error) == Some(ErrorValue::Shutdown) => {
+                        Err(Fault::Lost(server_error(error)))
+                    }
                     Some(error) => Err(Fault::Refused(server_error(error))),
                     None => Ok(()),
                 };
             }
-            let wake = Arc::clone(&call.wake);
-            let head = state.handed.take_if(|head| head.cookie() >> 16 == id);
-            if head.is_none() && state.is_reading {
+            call.is_asleep = !may_read;
+            if !may_read {
+                let wake = Arc::clone(&call.wake);
                 state = wake.wait(state).expect("nothing panics under this lock");
                 continue;
             }
@@ -251,7 +259,8 @@ impl Connection {
             }
             if state.calls[&id].left == 0 {
                 state.is_reading = false;
-                let waiting = state.calls.values().find(|call| call.left > 0);
+                // One that still sends would not hear it, and may wait for a server that wants to be read first.
+                let waiting = state.calls.values().find(|call| call.left > 0 && call.is_asleep);
                 waiting.inspect(|call| call.wake.notify_one());
                 return Ok(());
             }
@@ -328,7 +337,6 @@ fn again((kind, why): &(io::ErrorKind, String)) -> io::Error {
 }
 
 fn server_error(value: u32) -> io::Error {
-    use crate::nbd::protocol::ErrorValue;
     ErrorValue::of_wire(value).unwrap_or(ErrorValue::Io).into()
 }
 

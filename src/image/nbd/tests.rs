@@ -1,6 +1,7 @@
 //! The client against servers that play by a script: each lie must end in an error of one line, soon, without a panic.
 
 use super::*;
+use crate::ground::range::Allocation;
 use crate::nbd::protocol::{
     Chunk, GREETING_MAGIC, OPTION_MAGIC, OptionHeader, OptionReply, Request, SimpleReply, chunk, info, option,
     option_reply,
@@ -653,5 +654,83 @@ proptest! {
         if let Ok(nbd) = nbd {
             prop_assert!(nbd.read_at(&mut [0; 8192], 0).is_err());
         }
+    }
+}
+
+/// As a server says that is restarted: the next one answers.
+#[test]
+fn a_server_that_is_going_down_is_waited_for() {
+    for asked in [command::READ, command::WRITE, command::FLUSH, command::BLOCK_STATUS] {
+        let script = move |number: usize, mut peer: Peer| {
+            peer.shake_hands(FLAGS);
+            while let Some((request, _)) = peer.request() {
+                match request.command {
+                    command if command == asked && number == 0 => peer.simple(request.cookie, 108),
+                    command::READ => peer.data(&request, 7),
+                    command::BLOCK_STATUS => {
+                        peer.chunk(request.cookie, chunk::BLOCK_STATUS, chunk::DONE, b"\0\0\0\x07\0\x80\0\0\0\0\0\x03");
+                    }
+                    _ => peer.simple(request.cookie, 0),
+                }
+            }
+        };
+        let terms = Terms { reconnect: BOUND, patience: BOUND, ..terms() };
+        let nbd = client_with(terms, Side::Target, script).unwrap();
+        let mut bytes = [0; 4096];
+        nbd.read_at(&mut bytes, 0).unwrap();
+        assert_eq!(bytes, [7; 4096]);
+        nbd.write_at(&bytes, 0).unwrap();
+        nbd.flush().unwrap();
+        let status = nbd.block_status(ByteRange::new(0, LENGTH)).unwrap();
+        assert_eq!(status.allocation, Allocation::Zero, "{asked}: it is asked on");
+    }
+}
+
+/// It reads nothing while it sends. Who waits for its bytes is told to read them, and not who still sends.
+#[test]
+fn a_server_that_sends_first_is_read_by_somebody() {
+    // Whom the reading is given to is a matter of luck.
+    for _ in 0..12 {
+        let (seen, sees) = mpsc::channel();
+        let script = move |_: usize, mut peer: Peer| {
+            peer.shake_hands(FLAGS);
+            let mut heads = Vec::new();
+            // The first read, the four pieces of the second one, the head of a write whose bytes wait.
+            while heads.len() < 6 {
+                let mut head = [0; Request::LENGTH];
+                if peer.socket.read_exact(&mut head).is_err() {
+                    return;
+                }
+                let request = Request::decode(&head).unwrap();
+                if request.command == command::BLOCK_STATUS {
+                    // The client's first question.
+                    peer.chunk(request.cookie, chunk::BLOCK_STATUS, chunk::DONE, b"\0\0\0\x07\0\x80\0\0\0\0\0\0");
+                    continue;
+                }
+                heads.push(request);
+                let _ = seen.send(heads.len());
+            }
+            // Long enough for the write to fill what is between us.
+            std::thread::sleep(Duration::from_millis(20));
+            heads[..5].iter().for_each(|request| peer.data(request, 7));
+            let mut left = heads[5].length as usize + 3 * ((256 << 10) + Request::LENGTH);
+            while left > 0 {
+                let mut bytes = vec![0; left.min(1 << 20)];
+                left -= peer.socket.read(&mut bytes).unwrap();
+            }
+            (0..4).for_each(|piece| peer.simple(heads[5].cookie + piece, 0));
+            while peer.request().is_some() {}
+        };
+        let terms = Terms { reconnect: Duration::ZERO, patience: Duration::from_secs(2), ..terms() };
+        let nbd = &client_with(terms, Side::Target, script).unwrap();
+        std::thread::scope(|scope| {
+            let read = |length: usize| nbd.read_at(&mut vec![0; length], 0).map_err(|e| e.to_string());
+            let first = scope.spawn(move || read(4096));
+            while sees.recv_timeout(BOUND).unwrap() < 1 {}
+            let second = scope.spawn(move || read(1 << 20));
+            while sees.recv_timeout(BOUND).unwrap() < 5 {}
+            let third = scope.spawn(|| nbd.write_at(&vec![1; 1 << 20], 1 << 20).map_err(|e| e.to_string()));
+            assert_eq!([first, second, third].map(|thread| thread.join().unwrap()), [Ok(()), Ok(()), Ok(())]);
+        });
     }
 }

@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags};
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -45,6 +46,20 @@ impl Child {
     /// Where it listens.
     pub fn address(&self) -> PathBuf {
         format!("/proc/self/fd/{}", self.socket.as_raw_fd()).into()
+    }
+
+    /// The regular files and block devices that it has open: what leads to each as long as the child lives, and its name.
+    pub fn files(&self) -> io::Result<Vec<(PathBuf, PathBuf)>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.process.id()))? {
+            let through = entry?.path();
+            let file_type = std::fs::metadata(&through)?.file_type();
+            if file_type.is_file() || file_type.is_block_device() {
+                let name = std::fs::read_link(&through)?;
+                found.push((through, name));
+            }
+        }
+        Ok(found)
     }
 
     /// `error`, or what the child said of it if it has ended.

@@ -101,6 +101,12 @@ impl Qemu {
         Ok(Self { nbd, child, name: node.name().to_owned(), side: terms.side, reading, changing })
     }
 
+    /// The files and devices that the image is made of, itself among them: extents, backing files. What leads to each as long as
+    /// this lives, and its name.
+    pub fn files(&self) -> io::Result<Vec<(PathBuf, PathBuf)>> {
+        self.child.files()
+    }
+
     /// Ends qemu-nbd, which closes the image: only then is all of it in the file. After a flush; blocks. The image is of no
     /// use afterwards.
     pub fn end(&self) -> Result<()> {
