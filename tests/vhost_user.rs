@@ -210,6 +210,18 @@ fn what_is_in_flight_ends_before_the_next_frontend_is_served_and_before_the_serv
     let base = next.receive().unwrap();
     assert_eq!((next.used(0), base[4]), (vec![0], 2));
     assert_eq!(backup.ended().code, 0);
+    drop(next);
+    // So does one that resets the device: its memory may be used otherwise from then on.
+    let mut third = served.connect(1);
+    let backup = served.stopped_backup();
+    third.submit(0, 0, OUT, LAST - 16, 4096, true);
+    third.submit(0, 1, IN, 0, 4096, false);
+    assert_eq!(third.wait(0), [1]);
+    third.reset().unwrap();
+    assert!(!third.is_answered_within(Duration::from_millis(200)));
+    go_on(&backup);
+    assert_eq!((third.receive().unwrap(), third.used(0)), (vec![0; 8], vec![0]));
+    assert_eq!(backup.ended().code, 0);
     served.server.signal(Signal::SIGTERM);
     assert_eq!(served.server.ended().code, 0);
 }

@@ -41,10 +41,11 @@ pub const GET_PROTOCOL_FEATURES: u32 = 15;
 pub const SET_PROTOCOL_FEATURES: u32 = 16;
 pub const SET_VRING_ENABLE: u32 = 18;
 pub const GET_CONFIG: u32 = 24;
+pub const RESET_DEVICE: u32 = 34;
 pub const ADD_MEM_REG: u32 = 37;
 
-/// Protocol features that are used where they are there: MQ, REPLY_ACK, CONFIG, CONFIGURE_MEM_SLOTS.
-const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 15;
+/// Protocol features that are used where they are there: MQ, REPLY_ACK, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
+const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15;
 /// Of a message: its protocol's version; it is to be acknowledged.
 const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 1 << 3;
@@ -137,6 +138,11 @@ impl Frontend {
         self.send_with(VERSION | NEED_REPLY, ADD_MEM_REG, &region, Some(file.as_fd()))?;
         assert_eq!(self.receive()?, words(&[0]));
         Ok(file)
+    }
+
+    /// Asks for a reset, to be acknowledged with 0.
+    pub fn reset(&mut self) -> io::Result<()> {
+        self.send_with(VERSION | NEED_REPLY, RESET_DEVICE, &[], None)
     }
 
     pub fn send_u64(&mut self, request: u32, value: u64) -> io::Result<()> {
