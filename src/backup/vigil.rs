@@ -67,7 +67,7 @@ impl Vigil {
     }
 
     /// The first file that changed in a way that nobody was trapped for, and what is different; `now` is how all looked after
-    /// the last read, and no writer may come any more.
+    /// the last read, and no writer may come any more. Asked once.
     pub fn change(&self, now: &Look) -> Result<Option<(&Path, String)>> {
         let met = std::mem::replace(&mut *self.met(), Met::Nobody);
         let met = if let Met::Somebody(look) = met { Some(look?) } else { None };

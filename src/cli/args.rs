@@ -80,7 +80,8 @@ pub struct Args {
 
     /// The file or block device to write, or - for a raw stream to standard output
     ///
-    /// A symbolic link is followed. What is no file here is said under PLACES. Of several disks the first --target is the first --device's, and so on.
+    /// A symbolic link is followed. What is no file here is said under PLACES. Of several disks the first --target is the
+    /// first --device's, and so on.
     #[arg(long, value_name = "PATH|-", required = true, help_heading = TARGET, value_hint = ValueHint::FilePath, allow_hyphen_values = false)]
     pub target: Vec<PathBuf>,
 
