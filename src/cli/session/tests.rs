@@ -53,14 +53,7 @@ fn run_one<E>(session: Session, engine: E) -> Ending
 where
     E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
 {
-    run_with_hooks(session, Hooks::default(), engine)
-}
-
-fn run_with_hooks<E>(session: Session, hooks: Hooks, engine: E) -> Ending
-where
-    E: FnOnce(&Options, &Arc<Job>, &dyn Monitor) -> Result<Summary, Failure> + Send + 'static,
-{
-    session.run(vec![options()], hooks, move |disks, ended| {
+    session.run(vec![options()], Hooks::default(), move |disks, ended| {
         let Disk { options, job, monitor } = disks[0];
         ended(0, engine(options, job, monitor));
     })
@@ -380,23 +373,28 @@ fn the_hook_of_a_failure_is_started_once_when_the_engine_hangs_panics_or_comes_l
     let folder = tempfile::tempdir().unwrap();
     let told = |name: &str, engine: fn() -> Result<Summary, Failure>, cause: fn(i32) -> Wake| {
         let (session, _json, _people) = session(view());
-        let (wake, path) = (session.wake.clone(), folder.path().join(name));
+        let (wake, path, (ends, has_ended)) = (session.wake.clone(), folder.path().join(name), mpsc::channel());
         let command = "echo $DRIVE_BACKUP_HOOK_EXIT_CODE $DRIVE_BACKUP_HOOK_REASON $DRIVE_BACKUP_HOOK_TARGET_STATE \
             $DRIVE_BACKUP_HOOK_MESSAGE";
         let command = format!("{command} >> {}", path.display());
-        let ending =
-            run_with_hooks(session, Hooks { failed: Some(command), ..Hooks::default() }, move |_, job, monitor| {
-                begin(job, monitor, TargetKind::File);
-                wake.send(cause(SIGTERM)).unwrap();
-                engine()
-            });
+        let hooks = Hooks { failed: Some(command), ..Hooks::default() };
+        let ending = session.run(vec![options()], hooks, move |disks, ended| {
+            begin(disks[0].job, disks[0].monitor, TargetKind::File);
+            wake.send(cause(SIGTERM)).unwrap();
+            ended(0, engine());
+            ends.send(()).unwrap();
+        });
         let begin = Instant::now();
         let mut text = String::new();
         while !text.ends_with('\n') {
             assert!(begin.elapsed() < BOUND, "{name}: {text}");
             text = std::fs::read_to_string(&path).unwrap_or_default();
         }
-        (ending.code, text)
+        // One that is started again then needs a moment.
+        if has_ended.recv_timeout(GRACE + 4 * UNDO_BOUND).is_ok() {
+            thread::sleep(UNDO_BOUND);
+        }
+        (ending.code, std::fs::read_to_string(&path).unwrap())
     };
     let hangs = || hang();
     let (signal, late) = (Wake::Signal, |_| Wake::Late("--timeout"));

@@ -309,7 +309,8 @@ fn zeroes_that_can_not_be_fast_wait_for_no_backup() {
     let folder = tempfile::tempdir().unwrap();
     let [_, qcow2] = images(&folder);
     let disk = Disk::open(&options(&folder, &qcow2)).unwrap();
-    let frozen = attach(&folder, &qcow2, disk.length()).freeze().unwrap();
+    let writers = attach(&folder, &qcow2, disk.length());
+    let frozen = writers.freeze().unwrap();
     assert_eq!(errno(disk.write_zeroes_fast(ByteRange::new(0, 65_536), true)), code(Errno::OPNOTSUPP));
     frozen.release().expect("it has waited for the end of the freeze");
 }
