@@ -48,6 +48,17 @@ impl Scene {
         running.ended()
     }
 
+    /// It failed for `file`, and left no copy, if that `is_changed`; else it succeeded.
+    #[track_caller]
+    fn is_noticed(&self, ended: &Ended, file: &str, is_changed: bool) {
+        if is_changed {
+            ended.fails(4, &format!("{file}' is not consistent"));
+            self.has_no_copy();
+        } else {
+            ended.succeeds();
+        }
+    }
+
     fn has_no_copy(&self) {
         assert!(!self.path("copy.raw").exists());
     }
@@ -118,12 +129,7 @@ fn a_change_before_a_writer_starts_is_noticed() {
             drop(bracket);
             writer = Some(late);
         });
-        if is_changed {
-            ended.fails(4, "disk.raw' is not consistent");
-            scene.has_no_copy();
-        } else {
-            ended.succeeds();
-        }
+        scene.is_noticed(&ended, "disk.raw", is_changed);
     }
 }
 
@@ -141,12 +147,7 @@ fn a_backing_file_that_changes_below_a_writer_is_noticed() {
                 top.overwrite("disk.raw", LENGTH / 2);
             }
         });
-        if is_changed {
-            ended.fails(4, "disk.raw' is not consistent");
-            top.has_no_copy();
-        } else {
-            ended.succeeds();
-        }
+        top.is_noticed(&ended, "disk.raw", is_changed);
         drop(writer);
     }
 }
@@ -164,12 +165,7 @@ fn each_file_of_an_image_that_qemu_reads_is_watched_and_no_target() {
                 vmdk.overwrite("disk-flat.vmdk", LENGTH / 2);
             }
         });
-        if is_changed {
-            ended.fails(4, "disk-flat.vmdk' is not consistent");
-            vmdk.has_no_copy();
-        } else {
-            ended.succeeds();
-        }
+        vmdk.is_noticed(&ended, "disk-flat.vmdk", is_changed);
         let [vmdk, flat] = ["disk.vmdk", "disk-flat.vmdk"].map(|name| vmdk.path(name));
         support::copy(&vmdk, &flat, &[]).fails(2, "disk-flat.vmdk");
     }
