@@ -3,7 +3,7 @@
  * says on the console how it went, and switches the machine off. The host says "stop" on the console.
  *
  *   job=trail   threads write numbered blocks, each thread its own part of a disk; at the end every block is read again.
- *               disks=N: so many disks at once
+ *               disks=N: so many disks at once. "WROTE A B": each thread has written A blocks of the first disk, B of the next
  *   job=scrap   discards and writes zeroes, and reads what that left
  *   job=ext4    mounts the disk and writes files, each synced before its name is told
  *   job=bench   reads and writes, and tells how many a second
@@ -221,6 +221,31 @@ static void *write_trail(void *argument)
 	return NULL;
 }
 
+/* Tells how many writes each thread of a disk has done at least, each time that it is more on every disk. */
+static void tell_writes(int disks)
+{
+	uint64_t told[DISKS] = {0}, least[DISKS];
+	int i, me, more;
+
+	while (!stopped) {
+		more = 1;
+		for (i = 0; i < disks; i++) {
+			least[i] = UINT64_MAX;
+			for (me = 0; me < THREADS; me++)
+				if (trails[i].acknowledged[me] < least[i])
+					least[i] = trails[i].acknowledged[me];
+			more = more && least[i] > told[i];
+		}
+		if (more) {
+			printf("WROTE");
+			for (i = 0; i < disks; i++)
+				printf(" %llu", (unsigned long long)(told[i] = least[i]));
+			printf("\n");
+		}
+		usleep(20000);
+	}
+}
+
 static void trail(void)
 {
 	int disks = atoi(argument("disks", "1")), all = disks * THREADS, i;
@@ -237,10 +262,7 @@ static void trail(void)
 		if (pthread_create(&threads[i], NULL, write_trail, &writers[i]))
 			fail("thread");
 	}
-	for (i = 0; i < disks; i++)
-		while (trails[i].acknowledged[0] < 100)
-			usleep(1000);
-	printf("WRITING\n");
+	tell_writes(disks);
 	for (i = 0; i < all; i++)
 		pthread_join(threads[i], NULL);
 	printf("VERIFIED");

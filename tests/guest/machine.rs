@@ -99,11 +99,18 @@ impl Machine {
     /// Waits until the guest says a line that begins with `word`, and gives what follows it.
     #[track_caller]
     pub fn hear(&self, word: &str) -> String {
+        self.hear_such(word, |_| true)
+    }
+
+    /// Waits until the guest says a line that begins with `word` and goes on as `such` wants it, and gives what follows.
+    #[track_caller]
+    pub fn hear_such(&self, word: &str, such: impl Fn(&str) -> bool) -> String {
         let since = Instant::now();
         let mut lines = self.console.lines.lock().unwrap();
         loop {
-            if let Some(line) = lines.0.iter().find_map(|line| line.strip_prefix(word)) {
-                return line.trim().to_owned();
+            let mut said = lines.0.iter().filter_map(|line| line.strip_prefix(word)).map(str::trim);
+            if let Some(rest) = said.find(|rest| such(rest)) {
+                return rest.to_owned();
             }
             let bad = lines.1 || lines.0.iter().any(|line| line.starts_with("FAILED")) || since.elapsed() > PATIENCE;
             assert!(!bad, "the guest does not say {word}: {:#?}", lines.0);
