@@ -414,6 +414,19 @@ fn an_existing_overlay_keeps_its_backing_file_and_shows_the_copy() {
 }
 
 #[test]
+fn what_is_wrong_with_an_existing_targets_backing_file_is_told() {
+    let (folder, base) = converted("", ODD);
+    set_incompatible(&base, 2);
+    let (raw, target) = (folder.path().join("disk.raw"), folder.path().join("overlay.qcow2"));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", text(&base), "-F", "qcow2", text(&target)]);
+    let ended = copy(&raw, &target, &["--mode", "existing"]);
+    assert_eq!((ended.code, ended.stderr.lines().count()), (0, 1), "{ended:?}");
+    let name = text(&base);
+    assert!(ended.stderr.contains(&format!("warning: '{name}' is marked corrupt")), "{ended:?}");
+    same(("raw", &raw), ("qcow2", &target));
+}
+
+#[test]
 fn a_block_device_as_source() {
     let (folder, raw) = lab(ODD);
     let device = LoopDevice::over(&raw, &["-r"]);

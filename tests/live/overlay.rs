@@ -4,7 +4,7 @@ use crate::kit;
 use crate::support::{self, Ended, Mount, Running, command, text};
 use crate::trail::{self, BLOCK, BLOCKS, Typist};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
@@ -110,6 +110,23 @@ fn an_overlay_without_limit_counts_what_it_holds() {
     assert_eq!(last_number(&ended, "overlay", "used"), Some(0.0));
     let peak = last_number(&ended, "overlay", "peak").unwrap();
     assert!(peak > 12288.0 && peak <= (BLOCKS * BLOCK) as f64, "{peak}");
+}
+
+#[test]
+fn its_folder_is_tmpdir_and_var_tmp_where_that_is_empty() {
+    let scene = Scene::new();
+    let missing = scene.path("missing");
+    for (folder, fails) in [(text(&missing), true), ("", false)] {
+        let arguments = scene.arguments("-", &["--format", "raw"]);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let ended = Running::start(command(&arguments).env("TMPDIR", folder).stdout(Stdio::piped())).ended();
+        if fails {
+            ended.fails(2, &format!("overlay '{folder}'"));
+        } else {
+            ended.succeeds();
+        }
+    }
+    scene.writer_is_well();
 }
 
 #[test]

@@ -150,6 +150,24 @@ fn watch_shows_all_jobs_on_a_terminal_until_they_are_over() {
     assert_eq!(backup.ended().code, 1);
 }
 
+/// Nobody has dismissed it: it stays for ever.
+#[test]
+fn a_job_that_is_over_is_shown_and_neither_watched_nor_steered() {
+    let bench = Bench::new();
+    let server = bench.serve();
+    let mut client = Client::connect(&bench.path("qmp"));
+    client.does("drive-backup", bench.backup(&json!({"speed": 0, "auto-dismiss": false})));
+    client.until_status("concluded");
+    let folder = bench.path("w");
+    let ctl = |verb: &str| drive_backup(&["ctl", "--writer-dir", text(&folder), verb]);
+    let shown = String::from_utf8(ctl("status").succeeds().stdout.clone()).unwrap();
+    assert!(shown.starts_with("j: concluded, 100 %"), "{shown}");
+    ctl("pause").fails(1, "no such job runs");
+    ctl("watch").succeeds();
+    client.ask("quit", json!({}));
+    assert_eq!(server.ended().code, 0);
+}
+
 const SECRET: &str = "Sesam-oeffne-dich";
 
 #[test]
