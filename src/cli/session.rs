@@ -29,16 +29,28 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-/// A cancelled engine gets so long to undo what it did; one that hangs in an I/O call never comes back.
-const GRACE: Duration = Duration::from_millis(600);
-/// The undoing may hang like the engine.
-const UNDO_BOUND: Duration = Duration::from_millis(150);
-/// A signal ends the process within this, all told, even when nobody reads the last record.
-const SIGNAL_BOUND: Duration = Duration::from_millis(900);
-/// Who does not read has so long to get the last record.
-const LAST_RECORD_BOUND: Duration = Duration::from_secs(2);
-/// And so long from the next signal on.
-const IMPATIENT_BOUND: Duration = Duration::from_millis(100);
+/// How long it waits for whom.
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    /// For a cancelled engine to undo what it did; one that hangs in an I/O call never comes back.
+    grace: Duration,
+    /// For the undoing, which may hang like the engine.
+    undo: Duration,
+    /// From a signal to the end, all told, even when nobody reads the last record.
+    signal: Duration,
+    /// For who does not read to get the last record.
+    last_record: Duration,
+    /// And from the next signal on.
+    impatient: Duration,
+}
+
+const BOUNDS: Bounds = Bounds {
+    grace: Duration::from_millis(600),
+    undo: Duration::from_millis(150),
+    signal: Duration::from_millis(900),
+    last_record: Duration::from_secs(2),
+    impatient: Duration::from_millis(100),
+};
 
 /// Where a run writes.
 pub struct Ends {
@@ -74,6 +86,7 @@ pub struct Session {
     /// The engine did not come back after a cancel.
     abandoned: bool,
     remote: Option<Remote>,
+    bounds: Bounds,
 }
 
 /// One disk of a run.
@@ -145,7 +158,17 @@ impl Session {
             watched[0].ends = ends;
         }
         let unserved = 1 + lines.map_or(0, |_| jobs.len()) + usize::from(signs.is_some());
-        Ok(Self { disks: watched, display, wake, woken, unserved, cancelled: None, abandoned: false, remote: None })
+        Ok(Self {
+            disks: watched,
+            display,
+            wake,
+            woken,
+            unserved,
+            cancelled: None,
+            abandoned: false,
+            remote: None,
+            bounds: BOUNDS,
+        })
     }
 
     /// Lets clients of QMP watch and steer, at `named` if there is one.
@@ -251,7 +274,9 @@ impl Session {
         while self.disks.iter().any(|disk| disk.code.is_none()) {
             let wake = match self.cancelled {
                 None => self.woken.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some((_, at)) => self.woken.recv_timeout((at + GRACE).saturating_duration_since(Instant::now())),
+                Some((_, at)) => {
+                    self.woken.recv_timeout((at + self.bounds.grace).saturating_duration_since(Instant::now()))
+                }
             };
             match wake {
                 Ok(Wake::Ended(place, result)) => {
@@ -287,7 +312,7 @@ impl Session {
     fn give_up(&mut self, hooks: &RunHooks, kind: Kind, why: &str) {
         let open = self.disks.iter().enumerate().filter(|(_, disk)| disk.code.is_none());
         let undoing: Vec<(usize, Receiver<bool>)> = open.map(|(place, disk)| (place, disk.undo())).collect();
-        let bound = Instant::now() + UNDO_BOUND;
+        let bound = Instant::now() + self.bounds.undo;
         for (place, undone) in undoing {
             let undone = match undone.recv_timeout(bound.saturating_duration_since(Instant::now())) {
                 Ok(true) => Undone::All,
@@ -319,15 +344,15 @@ impl Session {
     }
 
     fn wait_for_readers(&mut self) {
-        let mut bound = Instant::now() + LAST_RECORD_BOUND;
+        let mut bound = Instant::now() + self.bounds.last_record;
         if let Some((_, at)) = self.cancelled {
-            bound = bound.min(at + SIGNAL_BOUND);
+            bound = bound.min(at + self.bounds.signal);
         }
         while self.unserved > 0 {
             match self.woken.recv_timeout(bound.saturating_duration_since(Instant::now())) {
                 Ok(Wake::Served) => self.unserved -= 1,
                 // The outcome stands; who reads gets it, and nobody wants to wait for who does not.
-                Ok(Wake::Signal(_)) => bound = bound.min(Instant::now() + IMPATIENT_BOUND),
+                Ok(Wake::Signal(_)) => bound = bound.min(Instant::now() + self.bounds.impatient),
                 Ok(Wake::Ended(..) | Wake::Left | Wake::Late(_)) => {}
                 Err(_) => return,
             }

@@ -56,8 +56,8 @@ fn freeze(shared: &Shared) {
 #[test]
 fn a_write_that_waits_ends_a_freeze_that_lasts_too_long() {
     let (shared, _, ring, _there) = attached();
-    freeze(&shared);
     let began = Instant::now();
+    freeze(&shared);
     let (writing, waiting) = (shared.clone(), thread::current());
     let writing = thread::spawn(move || {
         writing.enter(0, 1).unwrap();

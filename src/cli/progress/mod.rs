@@ -455,7 +455,7 @@ mod tests {
         display.finish(0);
         assert!(shown.try_recv().is_err(), "the pipe is full");
         let lines: Vec<String> = read.lines().map(Result::unwrap).collect();
-        assert!(lines.last().unwrap().ends_with("lines were lost: nobody read them"));
+        assert!(lines.iter().any(|line| line.ends_with("lines were lost: nobody read them")));
     }
 
     #[test]

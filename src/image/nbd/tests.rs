@@ -92,13 +92,14 @@ impl Peer {
     }
 }
 
-fn terms() -> Terms {
-    let patience = Duration::from_millis(200);
-    Terms { connect: Duration::from_millis(500), patience, reconnect: Duration::from_millis(100) }
-}
+/// For whom only silence is silent, however busy the machine is.
+const PATIENT: Terms = Terms { connect: BOUND, patience: BOUND, reconnect: BOUND };
+/// What is silent is left after so long.
+const SHORT: Duration = Duration::from_millis(200);
 
+/// A client that takes no second connection.
 fn client(side: Side, script: impl Fn(usize, Peer) + Send + Sync + 'static) -> io::Result<Nbd> {
-    client_with(terms(), side, script)
+    client_with(Terms { reconnect: Duration::ZERO, ..PATIENT }, side, script)
 }
 
 /// A client whose connection number N is answered by `script(N, peer)` on a thread of its own.
@@ -114,9 +115,10 @@ fn client_with(terms: Terms, side: Side, script: impl Fn(usize, Peer) + Send + S
     Nbd::over(dial, "disk", terms, Use { side, flushes: true, reconnect: terms.reconnect })
 }
 
-/// A client that reads one MiB from a server that answers its first request so.
-fn read_from(answer: impl Fn(&mut Peer, Request) + Send + Sync + 'static) -> String {
-    let nbd = client(Side::Source, move |_, mut peer| {
+/// What ends the read of a client from a server that answers each request so.
+fn read_from(patience: Duration, answer: impl Fn(&mut Peer, Request) + Send + Sync + 'static) -> String {
+    let terms = Terms { patience, reconnect: Duration::ZERO, ..PATIENT };
+    let nbd = client_with(terms, Side::Source, move |_, mut peer| {
         peer.shake_hands(FLAGS);
         while let Some((request, _)) = peer.request() {
             answer(&mut peer, request);
@@ -166,23 +168,28 @@ fn lies_about_a_read_are_found() {
         ];
     for (reason, lie) in lies {
         let began = Instant::now();
-        let found = read_from(lie);
+        let found = read_from(BOUND, lie);
         assert!(found.contains(reason), "{reason}: {found}");
-        assert!(!found.contains('\n') && began.elapsed() < Duration::from_secs(10), "{found}");
+        assert!(!found.contains('\n') && began.elapsed() < BOUND, "{found}");
     }
 }
 
 #[test]
 fn a_server_that_is_silent_or_trickles_is_left() {
-    assert!(read_from(|_, _| ()).contains("the server has not answered for"));
-    let trickle = read_from(|peer, r| {
-        peer.send(&Chunk { flags: 0, kind: chunk::OFFSET_DATA, cookie: r.cookie, length: r.length + 8 }.encode());
-        peer.send(&0u64.to_be_bytes());
-        while peer.send(&[1]) {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    });
-    assert!(trickle.contains("the server answers too slowly"), "{trickle}");
+    assert!(read_from(SHORT, |_, _| ()).contains("the server has not answered for"));
+    let trickle = || {
+        read_from(SHORT, |peer, r| {
+            peer.send(&Chunk { flags: 0, kind: chunk::OFFSET_DATA, cookie: r.cookie, length: r.length + 8 }.encode());
+            peer.send(&0u64.to_be_bytes());
+            while peer.send(&[1]) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        })
+    };
+    // On a busy machine it may be silent for too long now and then.
+    let found: Vec<String> =
+        (0..5).map(|_| trickle()).take_while(|found| !found.contains("answers too slowly")).collect();
+    assert!(found.len() < 5, "{found:?}");
 }
 
 #[test]
@@ -232,6 +239,7 @@ fn lies_in_the_handshake_are_found() {
         let reply = OptionReply { option: option::GO, kind: option_reply::INFO, length: 3 }.encode();
         while peer.send(&reply) && peer.send(b"\0\x02x") {}
     };
+    const SILENT: &str = "the server does not answer";
     let scripts: [(&str, Script); 6] = [
         ("this is no newstyle NBD server", |peer| {
             peer.send(b"SSH-2.0-OpenSSH_9.9 and so on");
@@ -242,7 +250,7 @@ fn lies_in_the_handshake_are_found() {
         ("the server hung up", |peer| {
             peer.send(b"NBDMAGIC");
         }),
-        ("the server does not answer", |peer| {
+        (SILENT, |peer| {
             let _ = peer.socket.read_exact(&mut [0; 1]);
         }),
         ("the server's reply to option 8 has 4294967295 bytes", |peer| {
@@ -255,7 +263,9 @@ fn lies_in_the_handshake_are_found() {
         ("answers one option with more than 1024 replies", endless),
     ];
     for (reason, script) in scripts {
-        let found = client(Side::Source, move |_, mut peer| script(&mut peer)).err().expect("a lie").to_string();
+        let connect = if reason == SILENT { SHORT } else { BOUND };
+        let found = client_with(Terms { connect, ..PATIENT }, Side::Source, move |_, mut peer| script(&mut peer));
+        let found = found.err().expect("a lie").to_string();
         assert!(found.contains(reason), "{reason}: {found}");
     }
 }
@@ -275,7 +285,7 @@ fn errors_of_the_server_are_the_systems() {
 
 #[test]
 fn replies_in_any_order_reach_who_asked() {
-    let nbd = client_with(Terms { patience: Duration::from_secs(20), ..terms() }, Side::Source, |_, mut peer| {
+    let nbd = client(Side::Source, |_, mut peer| {
         peer.shake_hands(FLAGS);
         let mut held: Vec<Request> = Vec::new();
         while let Some((request, _)) = peer.request() {
@@ -339,8 +349,7 @@ fn forgetful(disk: Arc<Mutex<Vec<u8>>>, dies_after: usize) -> impl Fn(usize, Pee
 fn what_a_restarted_server_forgot_is_written_again() {
     for dies_after in [0, 1, 3, 4, 5] {
         let disk = Arc::new(Mutex::new(vec![0xff; LENGTH as usize]));
-        let terms = Terms { reconnect: Duration::from_secs(5), patience: Duration::from_secs(5), ..terms() };
-        let nbd = client_with(terms, Side::Target, forgetful(Arc::clone(&disk), dies_after)).unwrap();
+        let nbd = client_with(PATIENT, Side::Target, forgetful(Arc::clone(&disk), dies_after)).unwrap();
         for piece in 0..4u64 {
             nbd.write_at(&vec![piece as u8 + 1; 4096], piece * 4096).unwrap();
         }
@@ -357,7 +366,7 @@ fn what_a_restarted_server_forgot_is_written_again() {
 #[test]
 fn a_target_that_is_not_flushed_does_not_survive_a_restart() {
     let disk = Arc::new(Mutex::new(vec![0; LENGTH as usize]));
-    let mut nbd = client(Side::Target, forgetful(disk, 1)).unwrap();
+    let mut nbd = client_with(PATIENT, Side::Target, forgetful(disk, 1)).unwrap();
     nbd.usage.flushes = false;
     nbd.write_at(&[1; 4096], 0).unwrap();
     let error = nbd.write_at(&[1; 4096], 4096).unwrap_err().to_string();
@@ -390,8 +399,7 @@ fn slow_to_flush(begun: mpsc::Sender<()>, let_go: mpsc::Receiver<()>) -> impl Fn
 #[test]
 fn nobody_waits_for_a_slow_flush_while_there_is_room() {
     let ((begun, flushes), (let_go, held)) = (mpsc::channel(), mpsc::channel());
-    let terms = Terms { reconnect: BOUND, patience: BOUND, ..terms() };
-    let nbd = client_with(terms, Side::Target, slow_to_flush(begun, held)).unwrap();
+    let nbd = client_with(PATIENT, Side::Target, slow_to_flush(begun, held)).unwrap();
     let bytes = vec![1; 4 << 20];
     let fill = || (0..unflushed::WINDOW / bytes.len() as u64).for_each(|_| nbd.write_at(&bytes, 0).unwrap());
     std::thread::scope(|scope| {
@@ -437,8 +445,7 @@ impl Machine {
 
     fn client(self: &Arc<Self>, patience: Duration) -> Nbd {
         let machine = Arc::clone(self);
-        let terms = Terms { connect: BOUND, patience, reconnect: BOUND };
-        client_with(terms, Side::Target, move |_, peer| machine.serve(peer)).unwrap()
+        client_with(Terms { patience, ..PATIENT }, Side::Target, move |_, peer| machine.serve(peer)).unwrap()
     }
 
     /// The first byte of the block at `offset`, as after a loss of power.
@@ -516,7 +523,6 @@ fn one_at_a_time_connects_after_a_loss() {
     // How many of the first connections die at the next request.
     let dying = Arc::new(AtomicUsize::new(0));
     let (held, left) = (Mutex::new(held), Arc::clone(&dying));
-    let terms = Terms { connect: BOUND, patience: BOUND, reconnect: BOUND };
     let script = move |number, mut peer: Peer| {
         let _ = dialled.send(number);
         if left.load(Relaxed) > 0 {
@@ -531,7 +537,7 @@ fn one_at_a_time_connects_after_a_loss() {
             }
         }
     };
-    let nbd = client_with(terms, Side::Target, script).unwrap();
+    let nbd = client_with(PATIENT, Side::Target, script).unwrap();
     nbd.write_at(&[1; 4096], 0).unwrap();
     dying.store(dials.try_iter().count(), Relaxed);
     std::thread::scope(|scope| {
@@ -549,7 +555,6 @@ fn one_at_a_time_connects_after_a_loss() {
 #[test]
 fn a_server_that_comes_back_and_does_not_share_gets_one_connection() {
     let dials = Arc::new(AtomicUsize::new(0));
-    let terms = Terms { connect: BOUND, patience: BOUND, reconnect: BOUND };
     let counted = Arc::clone(&dials);
     let script = move |number, mut peer: Peer| {
         counted.fetch_add(1, Relaxed);
@@ -562,7 +567,7 @@ fn a_server_that_comes_back_and_does_not_share_gets_one_connection() {
             }
         }
     };
-    let nbd = client_with(terms, Side::Target, script).unwrap();
+    let nbd = client_with(PATIENT, Side::Target, script).unwrap();
     nbd.write_at(&[1; 4096], 0).unwrap();
     nbd.flush().unwrap();
     assert_eq!(dials.load(Relaxed), 5);
@@ -597,8 +602,7 @@ fn slow_to_say(begun: mpsc::Sender<()>, let_go: mpsc::Receiver<()>) -> impl Fn(u
 #[test]
 fn what_a_server_said_of_a_range_does_not_outlive_a_change() {
     let ((begun, asked), (let_go, held)) = (mpsc::channel(), mpsc::channel());
-    let terms = Terms { connect: BOUND, patience: BOUND, reconnect: BOUND };
-    let nbd = client_with(terms, Side::Target, slow_to_say(begun, held)).unwrap();
+    let nbd = client_with(PATIENT, Side::Target, slow_to_say(begun, held)).unwrap();
     let all = ByteRange::new(0, LENGTH);
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| nbd.block_status(all).unwrap());
@@ -643,8 +647,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
     #[test]
     fn any_bytes_of_a_server_end_soon(is_shaken in any::<bool>(), bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        let terms = Terms { reconnect: Duration::ZERO, ..terms() };
-        let nbd = client_with(terms, Side::Source, move |_, mut peer| {
+        let nbd = client(Side::Source, move |_, mut peer| {
             if is_shaken {
                 peer.shake_hands(FLAGS);
                 peer.request();
@@ -674,8 +677,7 @@ fn a_server_that_is_going_down_is_waited_for() {
                 }
             }
         };
-        let terms = Terms { reconnect: BOUND, patience: BOUND, ..terms() };
-        let nbd = client_with(terms, Side::Target, script).unwrap();
+        let nbd = client_with(PATIENT, Side::Target, script).unwrap();
         let mut bytes = [0; 4096];
         nbd.read_at(&mut bytes, 0).unwrap();
         assert_eq!(bytes, [7; 4096]);
@@ -721,8 +723,7 @@ fn a_server_that_sends_first_is_read_by_somebody() {
             (0..4).for_each(|piece| peer.simple(heads[5].cookie + piece, 0));
             while peer.request().is_some() {}
         };
-        let terms = Terms { reconnect: Duration::ZERO, patience: Duration::from_secs(2), ..terms() };
-        let nbd = &client_with(terms, Side::Target, script).unwrap();
+        let nbd = &client(Side::Target, script).unwrap();
         std::thread::scope(|scope| {
             let read = |length: usize| nbd.read_at(&mut vec![0; length], 0).map_err(|e| e.to_string());
             let first = scope.spawn(move || read(4096));

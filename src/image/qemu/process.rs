@@ -15,8 +15,10 @@ use std::time::{Duration, Instant};
 const SAID_LIMIT: u64 = 64 << 10;
 /// For one that was killed. One that hangs in the kernel is left to it.
 const KILL_TIMEOUT: Duration = Duration::from_millis(500);
-/// For what a process that has ended said.
-const SAID_TIMEOUT: Duration = Duration::from_millis(500);
+/// For a process to end whose connection has.
+const END_TIMEOUT: Duration = Duration::from_millis(500);
+/// For what a process that has ended said: it is in the pipe, unless what it started holds that.
+const SAID_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between looks at a process, and at a job.
 const STEP: Duration = Duration::from_millis(2);
 
@@ -132,7 +134,7 @@ impl Process {
 
     /// `error`, or what the process said of it if it has ended, or does so within a moment: its connections end before it.
     pub fn explain(&self, error: io::Error) -> io::Error {
-        match self.wait(SAID_TIMEOUT) {
+        match self.wait(END_TIMEOUT) {
             Ok(Some(status)) => io::Error::new(error.kind(), self.last_words(status)),
             _ => error,
         }

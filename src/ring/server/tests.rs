@@ -536,7 +536,7 @@ fn a_capture_that_hangs_fails_its_write_and_grants_no_other() {
     let scene = Scene::new();
     let writer = Arc::new(scene.writer());
     let trap = Recorder::held();
-    let cbw_timeout = Duration::from_millis(300);
+    let cbw_timeout = Duration::from_secs(1);
     let on_cbw_error = OnCbwError::BreakGuestWrite;
     let writers = scene.trapping(Options { cbw_timeout, on_cbw_error, ..options() }, &trap);
     assert_eq!(writer.begin(0, 1).unwrap_err().raw_os_error(), Some(110));

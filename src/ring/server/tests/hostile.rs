@@ -323,7 +323,7 @@ fn a_handshake_that_makes_no_sense_is_refused_and_the_next_one_works() {
         assert!(matches!(socket::receive(&connection).unwrap(), Received::HungUp), "{name}");
         drop(writer.begin(0, 1).unwrap());
     }
-    Tyrant::attach(&scene, terms(1000, 1000));
+    Tyrant::attach(&scene, terms(1000, 60_000));
 }
 
 fn send_raw(connection: &OwnedFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
@@ -355,14 +355,14 @@ fn a_backup_that_says_nothing_blocks_no_other_for_long() {
     let _writer = scene.writer();
     let silent = connect(&scene);
     assert!(matches!(socket::receive(&silent).unwrap(), Received::Packet(Packet::Refused { errno: 110 }, _)));
-    Tyrant::attach(&scene, terms(1000, 1000));
+    Tyrant::attach(&scene, terms(1000, 60_000));
 }
 
 #[test]
 fn a_write_that_is_never_granted_marks_the_ring_and_goes_on() {
     let scene = Scene::new();
     let writer = scene.writer();
-    let tyrant = Tyrant::attach(&scene, terms(100, 1000));
+    let tyrant = Tyrant::attach(&scene, terms(100, 60_000));
     tyrant.trap();
     let began = Instant::now();
     let write = writer.begin(0, 1).unwrap();
@@ -380,7 +380,7 @@ fn a_write_that_is_never_granted_marks_the_ring_and_goes_on() {
 fn a_hang_up_releases_a_trapped_write_at_once_and_marks() {
     let scene = Scene::new();
     let writer = Arc::new(scene.writer());
-    let tyrant = Tyrant::attach(&scene, terms(300_000, 1000));
+    let tyrant = Tyrant::attach(&scene, terms(300_000, 60_000));
     tyrant.trap();
     let waiting = {
         let writer = writer.clone();
@@ -396,7 +396,7 @@ fn a_hang_up_releases_a_trapped_write_at_once_and_marks() {
 fn more_writes_wait_than_there_are_slots_and_all_are_released() {
     let scene = Scene::new();
     let writer = Arc::new(scene.writer());
-    let tyrant = Tyrant::attach(&scene, terms(300_000, 1000));
+    let tyrant = Tyrant::attach(&scene, terms(300_000, 60_000));
     tyrant.trap();
     let waiting: Vec<_> = (0..SLOTS + 8)
         .map(|_| {
@@ -493,7 +493,7 @@ fn packets_out_of_turn_end_the_connection_with_a_mark() {
     for packet in [Packet::Thaw { trap: true }, Packet::Frozen, Packet::Attached, Packet::Attach(terms(1, 1))] {
         let scene = Scene::new();
         let writer = scene.writer();
-        let tyrant = Tyrant::attach(&scene, terms(1000, 1000));
+        let tyrant = Tyrant::attach(&scene, terms(1000, 60_000));
         tyrant.say(packet);
         tyrant.hear(Packet::Refused { errno: 71 });
         assert!(matches!(socket::receive(&tyrant.connection).unwrap(), Received::HungUp));
@@ -506,7 +506,7 @@ fn packets_out_of_turn_end_the_connection_with_a_mark() {
 fn garbage_while_trapping_lets_the_writer_go() {
     let scene = Scene::new();
     let writer = scene.writer();
-    let tyrant = Tyrant::attach(&scene, terms(300_000, 1000));
+    let tyrant = Tyrant::attach(&scene, terms(300_000, 60_000));
     tyrant.trap();
     send_raw(&tyrant.connection, b"garbage", &[]);
     drop(writer.begin(0, 1).unwrap());
@@ -517,7 +517,7 @@ fn garbage_while_trapping_lets_the_writer_go() {
 fn a_detached_writer_is_free_without_a_mark() {
     let scene = Scene::new();
     let writer = scene.writer();
-    let tyrant = Tyrant::attach(&scene, terms(300_000, 1000));
+    let tyrant = Tyrant::attach(&scene, terms(300_000, 60_000));
     tyrant.trap();
     tyrant.say(Packet::Detach);
     assert!(matches!(socket::receive(&tyrant.connection).unwrap(), Received::HungUp));
