@@ -11,6 +11,8 @@ pub enum Place {
     Opened,
     /// Its writers are frozen.
     Frozen,
+    /// A disk's instant is kept, that of the next one is not.
+    Kept,
     /// A trapped write waits to be captured.
     Capturing,
     /// A piece is in memory, and not on the target.

@@ -413,6 +413,34 @@ fn an_existing_overlay_keeps_its_backing_file_and_shows_the_copy() {
     assert_eq!(before, after, "the backing file was touched");
 }
 
+/// What a guest wrote at the beginning of its raw disk is at the beginning of its copy.
+#[test]
+fn a_copy_that_begins_like_an_image_is_overwritten_as_what_was_said() {
+    let (folder, raw) = lab(ODD);
+    let name = |name: &str| folder.path().join(name);
+    let image = |path: &Path| {
+        let length = ODD.to_string();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", text(path), &length]);
+    };
+    let existing = ["--mode", "existing", "--source-format", "raw"];
+    for target in ["copy.raw", "copy.img", "copy"] {
+        image(&name(target));
+        let file = std::fs::OpenOptions::new().write(true).open(name(target)).unwrap();
+        file.set_len(ODD).unwrap();
+        copy(&raw, &name(target), &existing).fails(2, "begins like qcow2, which the data of a raw disk may do too");
+        copy(&raw, &name(target), &[&existing[..], &["--format", "raw"]].concat()).succeeds();
+        identical(&raw, &name(target));
+    }
+    image(&name("image"));
+    copy(&raw, &name("image"), &[&existing[..], &["--format", "qcow2"]].concat()).succeeds();
+    same(("raw", &raw), ("qcow2", &name("image")));
+    // Its name says so, or its source is one.
+    image(&name("image.qcow2"));
+    copy(&raw, &name("image.qcow2"), &existing).succeeds();
+    copy(&name("image.qcow2"), &name("image"), &["--mode", "existing"]).succeeds();
+    same(("raw", &raw), ("qcow2", &name("image")));
+}
+
 #[test]
 fn what_is_wrong_with_an_existing_targets_backing_file_is_told() {
     let (folder, base) = converted("", ODD);

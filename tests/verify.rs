@@ -348,6 +348,11 @@ fn a_restore_that_does_not_fit_is_refused() {
         restore(&at("backup.raw"), Path::new(stream), &[]).fails(2, &format!("any offset: {stream} is not possible"));
     }
     assert_eq!(names(folder.path()), ["backup.raw", "device"]);
+    let manifest = at("m.json");
+    copy(&at("backup.raw"), &at("copy.raw"), &["--manifest", text(&manifest)]).succeeds();
+    let before = std::fs::read(&manifest).unwrap();
+    restore(&at("copy.raw"), &manifest, &["--manifest", text(&manifest)]).fails(2, "m.json' is '");
+    assert_eq!(std::fs::read(&manifest).unwrap(), before);
 }
 
 #[test]

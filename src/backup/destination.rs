@@ -321,7 +321,7 @@ impl Destination {
 
     fn in_place(disk: Disk<'_>, path: &Path, origin: &Origin, kind: TargetKind) -> Result<Self> {
         let options = disk.options;
-        if let Some(foreign) = foreign_in_place(options, path)? {
+        if let Some(foreign) = foreign_in_place(options, path, origin)? {
             return Self::existing_foreign(disk, path, foreign, origin);
         }
         let InPlace { image, protection } = open_in_place(path)?;
@@ -330,7 +330,7 @@ impl Destination {
         let mut locks: Vec<ImageLock> = lock.into_iter().collect();
         let format = match (options.format, options.mode) {
             (Some(format), _) => format,
-            (None, Mode::Existing) => format_of_content(&raw, path)?,
+            (None, Mode::Existing) => format_of_content(&raw, path, origin)?,
             // A device gets the disk itself unless a format is asked for.
             (None, Mode::AbsolutePaths) => Format::Raw,
         };

@@ -55,6 +55,8 @@ pub struct Moment {
     how: Instant,
     time: Clocks,
     on_target: bool,
+    /// Of several disks it shows another moment than the others, and the user allows it.
+    is_apart: bool,
     frozen: Option<Duration>,
     /// Over the source's files, where nothing else keeps the instant.
     vigil: Option<Arc<Vigil>>,
@@ -96,7 +98,8 @@ impl Moment {
     /// All or nothing: after an error no writer is trapped.
     pub fn take_all(disks: &[Ready<'_>]) -> Result<Vec<Self>> {
         let gathered: Vec<Gathered> = disks.iter().map(Gathered::of).collect::<Result<_>>()?;
-        let with_writers: Vec<&Writers> = gathered.iter().filter_map(|disk| disk.writers.as_ref()).collect();
+        let mut moments: Vec<Self> = disks.iter().zip(gathered).map(|(disk, one)| Self::prepare(disk, one)).collect();
+        let with_writers: Vec<&Writers> = moments.iter().filter_map(Self::cooperating).collect();
         let freezing = Clock::now();
         let mut frozen = Writers::freeze_all(&with_writers)?.into_iter();
         hold::at(Place::Frozen);
@@ -106,38 +109,55 @@ impl Moment {
             }
         }
         let frozen: Vec<Option<Frozen>> =
-            gathered.iter().map(|disk| disk.writers.as_ref().and_then(|_| frozen.next())).collect();
+            moments.iter().map(|moment| moment.writers.as_ref().and_then(|_| frozen.next())).collect();
         let time = Clocks::now();
-        let mut moments = Vec::new();
-        for (disk, gathered) in disks.iter().zip(gathered) {
-            moments.push(Self::keep(disk, gathered, time, disk.destination.clonable())?);
-        }
+        Self::keep_all(disks, &mut moments, time)?;
         for (moment, (disk, frozen)) in moments.iter_mut().zip(disks.iter().zip(frozen)) {
             moment.thaw(disk, frozen)?;
         }
         Ok(moments)
     }
 
+    /// Keeps each disk, one after the other. Whom nobody froze must not write between the first and the last of them.
+    fn keep_all(disks: &[Ready<'_>], moments: &mut [Self], time: Clocks) -> Result<()> {
+        let unfrozen = |(_, moment): &(&Ready<'_>, &Self)| disks.len() > 1 && moment.writers() == 0;
+        let files = disks.iter().zip(&*moments).filter(unfrozen).flat_map(|(disk, _)| disk.origin.files());
+        let between = Vigil::begin(&files.cloned().collect::<Vec<_>>(), false)?;
+        for (moment, disk) in moments.iter_mut().zip(disks) {
+            moment.keep(disk, time, disk.destination.clonable())?;
+            hold::at(Place::Kept);
+        }
+        let Some((path, change)) = between.change(&between.look()?)? else { return Ok(()) };
+        if !disks.iter().all(|disk| disk.options.allow_inconsistent) {
+            return Err(inconsistent(path, &format!("while the instant of several disks was taken, {change}")));
+        }
+        moments.iter_mut().for_each(|moment| moment.is_apart = true);
+        Ok(())
+    }
+
     /// As [`Moment::take_all`] takes it of one disk whose writers are frozen, to be dropped again. Nothing that is there is
     /// written: a clone is made in a file that is to be removed.
     pub(super) fn rehearse(disk: &Ready<'_>, gathered: Gathered) -> Result<Self> {
         let removed = disk.destination.clonable().filter(|_| disk.destination.kind() == TargetKind::File);
-        Self::keep(disk, gathered, Clocks::now(), removed)
+        let mut moment = Self::prepare(disk, gathered);
+        moment.keep(disk, Clocks::now(), removed)?;
+        Ok(moment)
     }
 
-    /// Everything that keeps the instant, while the writers are still frozen. `clonable` may become the clone.
-    fn keep(disk: &Ready<'_>, gathered: Gathered, time: Clocks, clonable: Option<&Raw>) -> Result<Self> {
+    /// What takes time for a large disk, before anybody is frozen.
+    fn prepare(disk: &Ready<'_>, gathered: Gathered) -> Self {
         let Gathered { writers, cluster_size, warnings } = gathered;
         let properties = disk.destination.image().properties();
         let granule = cluster_size.bytes().max(properties.cluster_size);
         let plan = Plan { granule, ascending: properties.sequential };
         let length = disk.origin.length();
         let tracker = Arc::new(Tracker::new(CopyState::new(length, cluster_size, plan)));
-        let mut moment = Self {
+        Self {
             image: disk.origin.image(),
             how: Instant::Unchanging,
-            time,
+            time: Clocks::now(),
             on_target: false,
+            is_apart: false,
             frozen: None,
             vigil: None,
             warnings,
@@ -148,12 +168,17 @@ impl Moment {
             writers: writers.map(Arc::new),
             locks: Vec::new(),
             reach: reach::of(disk),
-        };
-        let attached = moment.writers.as_ref().map_or(0, |writers| writers.attached());
+        }
+    }
+
+    /// Everything that keeps the instant, while the writers are still frozen. `clonable` may become the clone.
+    fn keep(&mut self, disk: &Ready<'_>, time: Clocks, clonable: Option<&Raw>) -> Result<()> {
+        self.time = time;
+        let attached = self.writers();
         // A clone would not tell what its writers overwrite.
         let may_clone = disk.options.snapshot != SnapshotChoice::Overlay && disk.options.sync != SyncMode::None;
-        if may_clone && moment.clone_from(disk, clonable)? {
-            moment.how = Instant::Reflink;
+        if may_clone && self.clone_from(disk, clonable)? {
+            self.how = Instant::Reflink;
         } else if disk.options.snapshot == SnapshotChoice::Reflink {
             let path = &disk.options.device;
             return Err(Error::new(
@@ -162,19 +187,18 @@ impl Moment {
             ));
         } else {
             if attached > 0 {
-                moment.how = Instant::Frozen;
+                self.how = Instant::Frozen;
             } else if disk.options.allow_inconsistent {
-                moment.how = Instant::Unchecked;
+                self.how = Instant::Unchecked;
             } else if !disk.origin.is_watched() {
-                moment.how = Instant::Unwatched;
+                self.how = Instant::Unwatched;
             }
-            moment.watch(disk)?;
+            self.watch(disk)?;
             // Locked and looked at: what was read before may be out of date, of writers that were frozen it is.
-            moment.image = disk.origin.as_of_now(disk.options, disk.job)?;
-            moment.guard(disk)?;
+            self.image = disk.origin.as_of_now(disk.options, disk.job)?;
+            self.guard(disk)?;
         }
-        disk.origin.refuse_resized()?;
-        Ok(moment)
+        disk.origin.refuse_resized()
     }
 
     /// Of a raw file: one call, atomic against every writer. False where it can't be.
@@ -341,9 +365,12 @@ impl Moment {
         if let Some(writers) = &self.writers {
             writers.finish()?;
         }
+        if let Some(overlay) = &self.overlay {
+            overlay.check()?;
+        }
         match self.vigil.as_ref().zip(now?) {
-            Some((vigil, now)) => self.judge(vigil.change(&now)?),
-            None => Ok(true),
+            Some((vigil, now)) => Ok(self.judge(vigil.change(&now)?)? && !self.is_apart),
+            None => Ok(!self.is_apart),
         }
     }
 
@@ -351,10 +378,7 @@ impl Moment {
         match change {
             None => Ok(true),
             Some(_) if self.how == Instant::Unchecked => Ok(false),
-            Some((path, change)) => {
-                let what = format!("source '{}' is not consistent: {change}", path.display());
-                Err(Error::new(Kind::Source, what))
-            }
+            Some((path, change)) => Err(inconsistent(path, &change)),
         }
     }
 }
@@ -415,6 +439,10 @@ impl Gathered {
             Err(error) => Err(error),
         }
     }
+}
+
+fn inconsistent(path: &Path, change: &str) -> Error {
+    Error::new(Kind::Source, format!("source '{}' is not consistent: {change}", path.display()))
 }
 
 fn no_live(options: &Options, format: Format) -> Error {

@@ -18,7 +18,7 @@ pub fn refuse_without_backing(options: &Options, path: &Path, origin: &Origin) -
     }
     let format = match (options.format, options.mode) {
         (Some(format), _) => format,
-        (None, Mode::Existing) => format_of_content(&Raw::open(path, Side::Target)?, path)?,
+        (None, Mode::Existing) => format_of_content(&Raw::open(path, Side::Target)?, path, origin)?,
         (None, Mode::AbsolutePaths) => Format::of_extension(path).unwrap_or_else(|| as_source(origin)),
     };
     match format {
@@ -49,7 +49,7 @@ pub fn refuse_qcow2_options(options: &Options, path: &Path, format: Format) -> R
 }
 
 /// What QEMU is to write in place at `path`. A device gets raw or qcow2.
-pub fn foreign_in_place(options: &Options, path: &Path) -> Result<Option<Foreign>> {
+pub fn foreign_in_place(options: &Options, path: &Path, origin: &Origin) -> Result<Option<Foreign>> {
     let is_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());
     let format = match (options.format, options.mode) {
         (Some(format), _) => format,
@@ -58,7 +58,10 @@ pub fn foreign_in_place(options: &Options, path: &Path) -> Result<Option<Foreign
             let raw = Raw::open(path, Side::Target)?;
             let start = start_of(&raw, path)?;
             let encrypted = probe::encrypted(&start).filter(|_| options.secret_of_target().is_some());
-            probe(&start).foreign.or(encrypted).map_or(Format::Raw, Format::Foreign)
+            match (probe(&start).foreign, encrypted) {
+                (Some(found), _) => believed(Format::Foreign(found), path, origin)?,
+                (None, encrypted) => encrypted.map_or(Format::Raw, Format::Foreign),
+            }
         }
         (None, Mode::AbsolutePaths) => Format::Raw,
     };
@@ -73,10 +76,25 @@ pub fn foreign_in_place(options: &Options, path: &Path) -> Result<Option<Foreign
     }
 }
 
-/// As what it holds says.
-pub fn format_of_content(raw: &Raw, path: &Path) -> Result<Format> {
+/// As what it holds says, and its name does not deny.
+pub fn format_of_content(raw: &Raw, path: &Path, origin: &Origin) -> Result<Format> {
     let found = probe(&start_of(raw, path)?);
-    Ok(found.foreign.map_or(found.format, Format::Foreign))
+    believed(found.foreign.map_or(found.format, Format::Foreign), path, origin)
+}
+
+/// A raw copy begins with what a guest wrote at the beginning of its disk, which may look like an image that names files of
+/// the host: what is there is believed where the target's name says the same, or nothing and the source is such an image.
+fn believed(found: Format, path: &Path, origin: &Origin) -> Result<Format> {
+    let is_file = path.metadata().is_ok_and(|target| target.file_type().is_file());
+    let expected = Format::of_extension(path).or_else(|| is_file.then(|| origin.format()));
+    if found == Format::Raw || expected == Some(found) {
+        return Ok(found);
+    }
+    let path = path.display();
+    let what = format!(
+        "target '{path}' begins like {found}, which the data of a raw disk may do too: say --format {found} or --format raw"
+    );
+    Err(Error::new(Kind::Usage, what))
 }
 
 /// What a format is recognised by.

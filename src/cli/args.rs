@@ -46,7 +46,8 @@ pub struct Args {
     /// The disk image or block device to copy; give it again, with a --target each, for several disks at one instant
     ///
     /// All or nothing until the instant is taken; from then on each copy is on its own. The other options hold for each
-    /// of the disks. What is no file here is said under PLACES.
+    /// of the disks. What no writer can be asked to stop for must not be written while the instant is taken, which is milliseconds: the
+    /// backup fails then. What is no file here is said under PLACES.
     #[arg(long, value_name = "PATH", required = true, help_heading = COPY, value_hint = ValueHint::FilePath)]
     pub device: Vec<PathBuf>,
 
@@ -87,9 +88,9 @@ pub struct Args {
 
     /// The target's format
     ///
-    /// By default what --mode existing finds; raw for a block device, an NBD export, QEMU's places and -; else what the target's
-    /// extension says (.raw, .img, .qcow2, .vmdk, .vdi, .vhdx, .vhd, .vpc, .qed, .hdd, .luks); else the source's, or raw where
-    /// that can only be read.
+    /// By default what --mode existing finds, unless the name says something else: the data of a raw disk may begin like an image;
+    /// raw for a block device, an NBD export, QEMU's places and -; else what the target's extension says (.raw, .img, .qcow2, .vmdk,
+    /// .vdi, .vhdx, .vhd, .vpc, .qed, .hdd, .luks); else the source's, or raw where that can only be read.
     #[arg(long, value_name = "FORMAT", help_heading = TARGET)]
     pub format: Option<ImageFormat>,
 

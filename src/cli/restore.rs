@@ -112,6 +112,9 @@ pub fn plan(args: RestoreArgs) -> Result<Plan> {
         return Err(Error::new(Kind::Usage, what));
     }
     pairs::check(std::slice::from_ref(&image), std::slice::from_ref(&target))?;
+    if let Some(manifest) = &args.manifest {
+        pairs::check_file("--manifest", manifest, [&image, &target])?;
+    }
     let mode = match args.mode {
         NewImageMode::AbsolutePaths => Mode::AbsolutePaths,
         NewImageMode::Existing => Mode::Existing,

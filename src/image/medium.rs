@@ -94,6 +94,13 @@ pub fn open(path: &Path, access: Access, side: Side) -> Result<(File, Medium)> {
     Ok((file, medium))
 }
 
+/// Makes what is read from now on what the medium has: what somebody wrote before is flushed, then the cache is dropped. After a
+/// flush that failed, the kernel keeps pages that it takes for written; who opens the file later hears nothing of that. Blocks.
+pub fn settle(file: &File) -> io::Result<()> {
+    file.sync_data()?;
+    drop_cache(file)
+}
+
 /// Drops what the system's cache holds of `file`, which is on stable storage: what is read next comes from the medium.
 pub fn drop_cache(file: &File) -> io::Result<()> {
     Ok(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?)

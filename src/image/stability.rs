@@ -3,7 +3,7 @@
 //! | source | what is compared | what it can't see |
 //! |---|---|---|
 //! | regular file | inode, size, mtime and ctime | on kernels before 6.13, a write in the same clock tick (1 to 10 ms) as the first look; stores through a shared mapping to pages that were dirty before it |
-//! | block device | sectors that the device was given to write or discard, its size, and whether it is mounted writable | writes of others to the disk below (another host of a shared disk, the file below a remote device) |
+//! | block device | sectors that the device was given to write or discard, its size, and whether it is mounted writable; one whose sectors are not counted counts as changed | writes of others to the disk below (another host of a shared disk, the file below a remote device) |
 //!
 //! A device's dirty pages are written out before each look, so that whoever wrote through the page cache is counted.
 
@@ -13,7 +13,7 @@ use rustix::fs::{major, minor};
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// How a source looked at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,8 +38,8 @@ pub struct Times {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Activity {
     length: u64,
-    /// Written and discarded since the device appeared.
-    sectors: u64,
+    /// Written and discarded since the device appeared; `None` if nobody counts them.
+    sectors: Option<u64>,
     mounted_at: Option<PathBuf>,
     /// Of the file behind a loop device, which may be written past the device.
     backing: Option<Times>,
@@ -92,10 +92,12 @@ impl Activity {
     fn of(file: &File, path: &Path, medium: Medium) -> io::Result<Self> {
         file.sync_all()?;
         let device = file.metadata()?.rdev();
-        let stat = std::fs::read_to_string(format!("/sys/dev/block/{}:{}/stat", major(device), minor(device)))?;
+        let home = PathBuf::from(format!("/sys/dev/block/{}:{}", major(device), minor(device)));
+        let stat = std::fs::read_to_string(home.join("stat"))?;
         let sectors = sectors_changed(&stat).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidData, "the kernel's statistics of the device are not understood")
         })?;
+        let sectors = is_counted(&home).then_some(sectors);
         let mounted_at = identity::mounted_writable(path)?;
         let backing = identity::loop_file(device).map(|metadata| Times::of(&metadata));
         Ok(Self { length: medium.length(file)?, sectors, mounted_at, backing })
@@ -108,8 +110,11 @@ impl Activity {
         if self.length != before.length {
             return Some(format!("its size went from {} to {} bytes", before.length, self.length));
         }
-        if self.sectors != before.sectors {
-            let count = self.sectors.wrapping_sub(before.sectors);
+        let (Some(sectors), Some(sectors_before)) = (self.sectors, before.sectors) else {
+            return Some("the kernel does not count what is written to it (queue/iostats is 0)".to_owned());
+        };
+        if sectors != sectors_before {
+            let count = sectors.wrapping_sub(sectors_before);
             return Some(format!("{count} sectors of it were written or discarded"));
         }
         match (&before.backing, &self.backing) {
@@ -118,6 +123,19 @@ impl Activity {
             _ => Some("it is no longer the same loop device".to_owned()),
         }
     }
+}
+
+/// Whether the kernel counts what is written to the device whose folder in /sys is `home`, as queue/iostats says of the whole
+/// disk (Documentation/ABI/stable/sysfs-block); zram always does, and says that it does not.
+fn is_counted(home: &Path) -> bool {
+    let is_zram = || home.canonicalize().is_ok_and(|path| path.components().any(|part| is_named(part, "zram")));
+    // Of a partition the folder above is the disk's.
+    let told = ["queue/iostats", "../queue/iostats"].map(|name| std::fs::read_to_string(home.join(name)));
+    told.into_iter().flatten().next().is_none_or(|told| told.trim() != "0") || is_zram()
+}
+
+fn is_named(part: Component<'_>, name: &str) -> bool {
+    part.as_os_str().to_str().is_some_and(|part| part.starts_with(name))
 }
 
 /// Sectors written and discarded, of a line of /sys/dev/block/M:m/stat (Documentation/admin-guide/iostats).
@@ -185,6 +203,41 @@ mod tests {
         assert_eq!(change(path, || write(path, 4096)).unwrap(), "8 sectors of it were written or discarded");
         let discard = || drop(run("blkdiscard", &[text(path)]));
         assert_eq!(change(path, discard).unwrap(), "2048 sectors of it were written or discarded");
+    }
+
+    /// Of a device; counted again when dropped: the next one of that name inherits it.
+    struct Uncounted(PathBuf);
+
+    impl Uncounted {
+        fn set(disk: &Path) -> Self {
+            let setting = disk.join("queue/iostats");
+            std::fs::write(&setting, "0").unwrap();
+            Self(setting)
+        }
+    }
+
+    impl Drop for Uncounted {
+        fn drop(&mut self) {
+            std::fs::write(&self.0, "1").unwrap();
+        }
+    }
+
+    #[test]
+    fn a_device_whose_writes_nobody_counts_counts_as_changed_though_nobody_wrote() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        sparse_file(&file, 4 << 20);
+        let device = LoopDevice::over(&file, &[]);
+        let name = device.path().file_name().unwrap().to_str().unwrap();
+        let disk = PathBuf::from(format!("/sys/block/{name}"));
+        // Partitions have their folders where this one is.
+        let partition = disk.join("holders");
+        assert!(is_counted(&disk) && is_counted(&partition));
+        assert_eq!(change(device.path(), || ()), None);
+        let _uncounted = Uncounted::set(&disk);
+        assert!(!is_counted(&disk) && !is_counted(&partition));
+        let why = change(device.path(), || ()).unwrap();
+        assert_eq!(why, "the kernel does not count what is written to it (queue/iostats is 0)");
     }
 
     #[test]

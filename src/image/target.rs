@@ -18,7 +18,8 @@ pub struct InPlace {
     pub protection: Protection,
 }
 
-/// Opens `path`, which exists, for writing in place, and changes nothing yet.
+/// Opens `path`, which exists, for writing in place, and changes nothing yet. What is read there then is what the medium has,
+/// whatever became of earlier writes. Blocks while what others wrote is flushed.
 ///
 /// [`Kind::Busy`] when it is mounted, swapped to, claimed, or locked by anybody, a reader too. Whether it is the
 /// source is [`identity::refuse_same`]'s to say.
@@ -32,6 +33,7 @@ pub fn open_alone(path: &Path, side: Side) -> Result<InPlace> {
     let (file, _) = medium::open(path, Access::Write, side)?;
     let protection = lock::acquire(&file, path, side, Terms::Write)?;
     refuse_published(&file, path, side)?;
+    medium::settle(&file).map_err(|e| Error::file(side, "flush", path, e))?;
     let image = Raw::of(file).map_err(|e| Error::file(side, "open", path, e))?;
     Ok(InPlace { image, protection })
 }
@@ -67,6 +69,7 @@ mod tests {
     use super::*;
     use crate::image::Image;
     use crate::image::fixture::{LoopDevice, Mount, QemuIo, run, sparse_file, text};
+    use std::os::unix::fs::FileExt;
 
     fn image(folder: &tempfile::TempDir) -> std::path::PathBuf {
         let path = folder.path().join("disk.raw");
@@ -86,6 +89,24 @@ mod tests {
         let first = open_in_place(device.path()).unwrap();
         assert_eq!(open_in_place(device.path()).unwrap_err().kind(), Kind::Busy);
         first.image.write_at(b"abc", 5).unwrap();
+    }
+
+    /// The kernel keeps what could not be written, takes it for written, and tells those alone who had it open.
+    #[test]
+    fn what_an_earlier_flush_lost_is_told_or_not_there() {
+        let pool = Mount::tmpfs(4 << 20);
+        sparse_file(&pool.join("disk"), 16 << 20);
+        let device = LoopDevice::over(&pool.join("disk"), &[]);
+        let earlier = File::options().write(true).open(device.path()).unwrap();
+        earlier.write_all_at(&vec![7; 8 << 20], 0).unwrap();
+        let error = open_in_place(device.path()).unwrap_err();
+        let told = format!("flush target '{}': ", device.path().display());
+        assert!(error.to_string().starts_with(&told), "{error}");
+        let InPlace { image, .. } = open_in_place(device.path()).unwrap();
+        let mut found = vec![1; 8 << 20];
+        image.read_at(&mut found, 0).unwrap();
+        let lost = found.iter().filter(|byte| **byte == 0).count();
+        assert!(lost >= 4 << 20, "{lost} bytes are not there");
     }
 
     #[test]

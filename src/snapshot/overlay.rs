@@ -1,6 +1,7 @@
 //! Where clusters are saved before a writer overwrites them: a sparse file without a name, same offsets as the disk.
 //!
-//! It dies with the process, whatever ends that. Nothing in it is ever flushed: it is worth nothing after a crash.
+//! It dies with the process, whatever ends that, and is worth nothing after a crash. It is flushed once, at the end, for what
+//! the kernel says then: pages that could not be written were read back as zeroes, or as what was there before.
 
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::ByteRange;
@@ -78,6 +79,15 @@ impl Overlay {
         if !range.is_empty() && self.punch(range).is_ok() {
             self.give_back(range.length);
         }
+    }
+
+    /// After the last read: did the medium take everything that was saved? Blocks for a flush, if anything was. An error has
+    /// kind [`Kind::InstantLost`]: nobody knows what was read.
+    pub fn check(&self) -> Result<()> {
+        if self.peak.load(Ordering::Acquire) == 0 {
+            return Ok(());
+        }
+        self.file.sync_data().map_err(|error| Error::io(Side::Overlay, "flush", ByteRange::new(0, self.length), error))
     }
 
     /// How full it is now.

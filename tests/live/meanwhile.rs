@@ -3,7 +3,7 @@
 
 use crate::kit;
 use crate::support::hold::Hold;
-use crate::support::{self, Ended, Running, bytes, qemu_img, qemu_io, text};
+use crate::support::{self, Ended, Mount, Running, bytes, qemu_img, qemu_io, text};
 use drive_backup::writer::Writer;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -174,4 +174,44 @@ fn each_file_of_an_image_that_qemu_reads_is_watched_and_no_target() {
     qemu_img("create -q -f qed -o size=8M", &[&base]);
     qemu_img(&format!("create -q -f qed -F qed -b {}", text(&base)), &[&top]);
     support::copy(&top, &base, &[]).fails(2, "base.qed");
+}
+
+/// Each is kept at a moment of its own, so that no two of them are one unless nobody writes in between.
+#[test]
+fn disks_that_change_while_the_instant_of_several_is_taken_are_refused() {
+    let xfs = Mount::fresh("xfs");
+    let memory = kit::memory_folder();
+    for (home, changed) in
+        [xfs.path(), memory.path()].into_iter().flat_map(|home| ["", "a", "b"].map(|name| (home, name)))
+    {
+        for allowed in [false, true] {
+            let at = |name: &str| home.join(name);
+            ["a", "b"].iter().for_each(|name| std::fs::write(at(name), bytes::noise(1, 1 << 20)).unwrap());
+            let hold = Hold::at("Kept", home);
+            let mut command = support::command(&["--json", "--writer-dir", text(&at("meet")), "--overlay", "memory"]);
+            for (disk, copy) in [("a", "copy of a"), ("b", "copy of b")] {
+                command.args(["--device", text(&at(disk)), "--target", text(&at(copy))]);
+            }
+            command.args(allowed.then_some("--allow-inconsistent")).env("DRIVE_BACKUP_HOLD", hold.variable());
+            let mut running = Running::start(&mut command);
+            let held = hold.reached(&mut running);
+            if !changed.is_empty() {
+                File::options().write(true).open(at(changed)).unwrap().write_all_at(b"meanwhile", 0).unwrap();
+            }
+            drop(held);
+            let ended = running.ended();
+            let is_refused = !changed.is_empty() && !allowed;
+            if is_refused {
+                let why = format!("{changed}' is not consistent: while the instant of several disks was taken");
+                assert!(ended.code == 4 && ended.stderr.contains(&why), "{ended:?}");
+            } else {
+                assert_eq!(ended.code, 0, "{ended:?}");
+                let consistent = format!("\"consistent\":{}", changed.is_empty());
+                assert_eq!(String::from_utf8_lossy(&ended.stdout).matches(&consistent).count(), 2, "{ended:?}");
+            }
+            for copy in ["copy of a", "copy of b"] {
+                assert_eq!(std::fs::remove_file(at(copy)).is_err(), is_refused, "{changed} {copy}");
+            }
+        }
+    }
 }

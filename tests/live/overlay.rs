@@ -3,6 +3,7 @@
 use crate::kit;
 use crate::support::{self, Ended, Mount, Running, command, text};
 use crate::trail::{self, BLOCK, BLOCKS, Typist};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -127,6 +128,22 @@ fn its_folder_is_tmpdir_and_var_tmp_where_that_is_empty() {
         }
     }
     scene.writer_is_well();
+}
+
+/// The kernel took it, could not write it, and would read back something else.
+#[test]
+fn an_overlay_that_is_lost_behind_the_cache_breaks_the_backup_and_no_write() {
+    let scene = Scene::new();
+    let pool = Mount::tmpfs(8 << 20);
+    support::sparse_file(&pool.join("disk"), 64 << 20);
+    support::run("mkfs.ext4", &["-q", text(&pool.join("disk"))]);
+    let device = support::LoopDevice::over(&pool.join("disk"), &[]);
+    let mount = Mount::device(device.path());
+    let room = std::fs::File::create(pool.join("rest")).unwrap();
+    let full = (0..).find(|at| room.write_all_at(&[1; 4096], at * 4096).is_err());
+    assert!(full > Some(0));
+    let ended = scene.back_up(&["--overlay", text(mount.path())]);
+    scene.is_lost(&ended, "flush overlay at 0x0+");
 }
 
 #[test]

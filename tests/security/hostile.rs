@@ -232,7 +232,8 @@ fn hostile_images_cost_little_time_and_memory() {
         cost(shop.folder.path(), &arguments).assert_cheap(&[0, 4, 5], name);
         let _ = fs::remove_file(&target);
         let disk = disk_of(&shop, Patched::open(Path::new(image)).get(24));
-        let arguments = ["--device", text(&disk), "--mode", "existing", "--no-fsync", "--target", image];
+        let existing = ["--mode", "existing", "--format", "qcow2"];
+        let arguments = [&["--device", text(&disk), "--no-fsync", "--target", image][..], &existing].concat();
         cost(shop.folder.path(), &arguments).assert_cheap(&[0, 4, 5], name);
     }
 }

@@ -40,6 +40,8 @@ pub struct Metadata {
     l1_sealed: Option<(usize, Vec<u64>)>,
     /// Those that leave once what was sealed is on stable storage.
     leaving_sealed: Vec<Range<u64>>,
+    /// What was sealed was made dirty again, and is not on stable storage for all we know.
+    owes_sealed: bool,
     /// Autoclear features that are still set.
     autoclear: u64,
     lost: bool,
@@ -72,6 +74,7 @@ impl Metadata {
             leaving: Vec::new(),
             l1_sealed: None,
             leaving_sealed: Vec::new(),
+            owes_sealed: false,
             autoclear,
             lost: false,
         })
@@ -165,6 +168,7 @@ impl Metadata {
         // The tables that let go of these may be written, and not on stable storage yet.
         let is_leaving = !self.leaving_sealed.is_empty();
         self.break_seal();
+        self.owes_sealed = true;
         self.counts.write_blocks()?;
         if is_leaving || self.counts.is_table_due() || self.l2.is_dirty() || !self.l1_dirty.is_empty() {
             self.sync()?;
@@ -180,6 +184,7 @@ impl Metadata {
             self.l1_dirty = 0..0;
             self.sync()?;
         }
+        self.owes_sealed = false;
         let mut leaving = std::mem::take(&mut self.leaving);
         let released = self.release(&mut leaving);
         self.leaving = leaving;
@@ -197,6 +202,7 @@ impl Metadata {
             return Ok(false);
         }
         self.break_seal();
+        self.owes_sealed = false;
         self.counts.write_blocks()?;
         let has_tables = self.l2.seal();
         if !self.l1_dirty.is_empty() {
@@ -222,14 +228,19 @@ impl Metadata {
         Ok(true)
     }
 
-    /// Last step: lets go of what nothing refers to any more.
-    pub fn release_sealed(&mut self) -> io::Result<()> {
+    /// Last step: lets go of what nothing refers to any more. False: a commit that failed meanwhile has broken the seal, and a
+    /// flush has to begin anew.
+    pub fn release_sealed(&mut self) -> io::Result<bool> {
         self.check()?;
+        if self.owes_sealed {
+            return Ok(false);
+        }
         let mut leaving = std::mem::take(&mut self.leaving_sealed);
         let released = self.release(&mut leaving);
         self.leaving_sealed = leaving;
         released?;
-        self.counts.write_blocks()
+        self.counts.write_blocks()?;
+        Ok(true)
     }
 
     /// What was sealed and is not in the file yet is dirty again, as if it never had been.

@@ -279,18 +279,22 @@ impl ExistingQcow2 {
 
     /// Refcounts and data, L2 tables, the L1 table: requests go on while each goes to stable storage.
     fn flush_in_steps(&self) -> io::Result<()> {
-        let has_tables = self.state().seal()?;
-        self.sync()?;
-        if !has_tables {
-            return Ok(());
-        }
-        for step in [Metadata::write_tables, Metadata::write_l1] {
-            let wrote = step(&mut self.state())?;
-            if wrote {
-                self.sync()?;
+        loop {
+            let has_tables = self.state().seal()?;
+            self.sync()?;
+            if !has_tables {
+                return Ok(());
+            }
+            for step in [Metadata::write_tables, Metadata::write_l1] {
+                let wrote = step(&mut self.state())?;
+                if wrote {
+                    self.sync()?;
+                }
+            }
+            if self.state().release_sealed()? {
+                return Ok(());
             }
         }
-        self.state().release_sealed()
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -1,6 +1,7 @@
 //! Changes while a flush waits for the disk.
 
 use super::*;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{OnceLock, Weak};
 
 /// A disk in memory on which, whenever a flush waits without the image's lock, the image is changed meanwhile.
@@ -93,6 +94,82 @@ impl Image for Meddled {
     fn properties(&self) -> Properties {
         self.disk.properties()
     }
+}
+
+/// A disk in memory on which, while the first flush waits, another change needs room, and a commit for it fails.
+struct Full {
+    disk: MemoryDisk,
+    image: OnceLock<Weak<ExistingQcow2>>,
+    is_full: AtomicBool,
+}
+
+impl Full {
+    fn fill(&self) {
+        let Some(image) = self.image.get().and_then(Weak::upgrade) else { return };
+        if self.is_full.load(SeqCst) || image.state.try_lock().is_err() {
+            return;
+        }
+        image.write_at(&[2; 512], 40 << 10).unwrap();
+        self.is_full.store(true, SeqCst);
+        assert!(image.state().commit().is_err());
+        self.is_full.store(false, SeqCst);
+    }
+}
+
+impl Image for Full {
+    fn length(&self) -> u64 {
+        self.disk.length()
+    }
+
+    fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
+        self.disk.block_status(range)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.disk.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        if self.is_full.load(SeqCst) { Err(io::ErrorKind::StorageFull.into()) } else { self.disk.write_at(buf, offset) }
+    }
+
+    fn write_zeroes(&self, range: ByteRange) -> io::Result<()> {
+        self.disk.write_zeroes(range)
+    }
+
+    fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.disk.discard(range)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.disk.log().iter().all(|operation| *operation != Operation::Flush) {
+            self.fill();
+        }
+        self.disk.flush()
+    }
+
+    fn properties(&self) -> Properties {
+        self.disk.properties()
+    }
+}
+
+/// The commit has taken the tables of the flush for its own, and has not written them.
+#[test]
+fn a_flush_beside_a_commit_that_fails_still_holds() {
+    let bench = Bench::new(Shape { cluster_bits: 9, options: "compat=1.1", base: Base::Empty, length: 60 << 10 });
+    let disk = MemoryDisk::of(bench.start.clone());
+    let full = Arc::new(Full { disk, image: OnceLock::new(), is_full: AtomicBool::new(false) });
+    let image = Arc::new(ExistingQcow2::load(full.clone(), None).unwrap());
+    full.image.set(Arc::downgrade(&image)).unwrap();
+    image.write_at(&[1; 1024], 0).unwrap();
+    image.flush().unwrap();
+    let log = full.disk.log();
+    let file = crashed(&bench.start, &log, log.len(), || false);
+    assert_eq!(counted_well(&file), Ok(()));
+    let after = ExistingQcow2::load(Arc::new(MemoryDisk::of(file)), None).unwrap();
+    let mut bytes = [0; 1024];
+    after.read_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [1; 1024], "what was flushed");
 }
 
 /// How the image was when a flush began that ended when the log was so long, and how many changes there had been.
