@@ -32,9 +32,6 @@ const SALVAGE: u64 = 4 << 10;
 /// Between two looks for what writers have overwritten, where nothing else is copied.
 const IDLE: Duration = Duration::from_millis(50);
 
-/// How long the end waits for captures that are under way: what was saved beside them in a granule is claimed with it.
-const LAST_CAPTURES: Duration = Duration::from_secs(2);
-
 /// How long after a trapped write a thread still rests, to leave a processor to those who write.
 const REST: Duration = Duration::from_millis(20);
 /// How often a thread that rests looks whether it is needed.
@@ -64,6 +61,8 @@ pub struct Rules {
     pub on_source_error: OnError,
     /// When a write fails.
     pub on_target_error: OnError,
+    /// How long the end of `sync=none` waits for a capture under way: what was saved beside it in a granule is claimed with it.
+    pub capture: Duration,
 }
 
 /// What the policy `ignore` let pass, in ascending order.
@@ -196,12 +195,17 @@ impl<'a> Copier<'a> {
     /// What is saved, and what will be as long as the job `waits`.
     fn move_saved(&self, waits: bool) -> Result<()> {
         let mut buffer = self.buffer()?;
-        let since = Instant::now();
+        let mut since = Instant::now();
         while !waits || self.job.gate() == Gate::Go {
             match self.tracker.claim_saved(self.chunk()) {
-                Some(claim) => self.copy(claim, &mut buffer)?,
+                Some(claim) => {
+                    self.copy(claim, &mut buffer)?;
+                    since = Instant::now();
+                }
                 None if waits && !self.tracker.is_stopped() => self.job.rest(IDLE),
-                None if !waits && self.tracker.keeps_saved() && since.elapsed() < LAST_CAPTURES => thread::sleep(LOOK),
+                None if !waits && self.tracker.keeps_saved() && since.elapsed() < self.rules.capture => {
+                    thread::sleep(LOOK)
+                }
                 None => break,
             }
         }

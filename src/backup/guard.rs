@@ -41,6 +41,10 @@ impl Trap for Guard {
         self.vigil.iter().for_each(|vigil| vigil.writer_came());
     }
 
+    fn writers_left(&self) {
+        self.vigil.iter().for_each(|vigil| vigil.writers_left());
+    }
+
     fn lost(&self, _why: &Error) {
         // What is copied from now on may be torn, so nothing more is: the copier ends, and whoever sleeps at its gate.
         self.preserver.tracker().stop();

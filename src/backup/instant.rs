@@ -99,6 +99,7 @@ impl Moment {
     pub fn take_all(disks: &[Ready<'_>]) -> Result<Vec<Self>> {
         let gathered: Vec<Gathered> = disks.iter().map(Gathered::of).collect::<Result<_>>()?;
         let mut moments: Vec<Self> = disks.iter().zip(gathered).map(|(disk, one)| Self::prepare(disk, one)).collect();
+        Self::keep_early(disks, &mut moments)?;
         let with_writers: Vec<&Writers> = moments.iter().filter_map(Self::cooperating).collect();
         let freezing = Clock::now();
         let mut frozen = Writers::freeze_all(&with_writers)?.into_iter();
@@ -118,13 +119,31 @@ impl Moment {
         Ok(moments)
     }
 
+    /// Images without writers, whose tables are read once more: that can take long, and must not while the writers of another
+    /// disk are frozen. They must not change until the end, and so show any instant until then; a hook may still change them.
+    fn keep_early(disks: &[Ready<'_>], moments: &mut [Self]) -> Result<()> {
+        if disks.len() == 1 || disks.iter().any(|disk| disk.options.hook_frozen.is_some()) {
+            return Ok(());
+        }
+        for (moment, disk) in moments.iter_mut().zip(disks) {
+            if moment.writers() == 0 && disk.origin.format() != Format::Raw {
+                moment.keep(disk, None)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Keeps each disk, one after the other. Whom nobody froze must not write between the first and the last of them.
     fn keep_all(disks: &[Ready<'_>], moments: &mut [Self], time: Clocks) -> Result<()> {
-        let unfrozen = |(_, moment): &(&Ready<'_>, &Self)| disks.len() > 1 && moment.writers() == 0;
+        let unfrozen =
+            |(_, moment): &(&Ready<'_>, &Self)| disks.len() > 1 && moment.writers() == 0 && moment.vigil.is_none();
         let files = disks.iter().zip(&*moments).filter(unfrozen).flat_map(|(disk, _)| disk.origin.files());
         let between = Vigil::begin(&files.cloned().collect::<Vec<_>>(), false)?;
         for (moment, disk) in moments.iter_mut().zip(disks) {
-            moment.keep(disk, time, disk.destination.clonable())?;
+            moment.time = time;
+            if moment.vigil.is_none() {
+                moment.keep(disk, disk.destination.clonable())?;
+            }
             hold::at(Place::Kept);
         }
         let Some((path, change)) = between.change(&between.look()?)? else { return Ok(()) };
@@ -140,7 +159,7 @@ impl Moment {
     pub(super) fn rehearse(disk: &Ready<'_>, gathered: Gathered) -> Result<Self> {
         let removed = disk.destination.clonable().filter(|_| disk.destination.kind() == TargetKind::File);
         let mut moment = Self::prepare(disk, gathered);
-        moment.keep(disk, Clocks::now(), removed)?;
+        moment.keep(disk, removed)?;
         Ok(moment)
     }
 
@@ -172,8 +191,7 @@ impl Moment {
     }
 
     /// Everything that keeps the instant, while the writers are still frozen. `clonable` may become the clone.
-    fn keep(&mut self, disk: &Ready<'_>, time: Clocks, clonable: Option<&Raw>) -> Result<()> {
-        self.time = time;
+    fn keep(&mut self, disk: &Ready<'_>, clonable: Option<&Raw>) -> Result<()> {
         let attached = self.writers();
         // A clone would not tell what its writers overwrite.
         let may_clone = disk.options.snapshot != SnapshotChoice::Overlay && disk.options.sync != SyncMode::None;

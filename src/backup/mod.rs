@@ -29,6 +29,7 @@ use crate::hold::{self, Place};
 use crate::job::{Gate, Job};
 use crate::manifest::Contents;
 use crate::monitor::{Event, Monitor, Started};
+use crate::snapshot::overlay::Overlay;
 use destination::Destination;
 use instant::{Moment, Ready};
 use origin::Origin;
@@ -225,7 +226,9 @@ fn keep_overwritten(disk: Disk<'_>, destination: Destination, moment: &Moment) -
     let Disk { options, job, monitor } = disk;
     job.enter(Phase::Copy);
     let copied = copier(disk, moment, &destination, None).run_until_cancelled(|| moment.check().map(drop));
-    let copied = copied.map_err(|error| moment.lost().unwrap_or(error)).and_then(|_| destination.flush());
+    let copied = copied.map_err(|error| moment.lost().unwrap_or(error));
+    let copied =
+        copied.and_then(|_| moment.overlay().map_or(Ok(()), Overlay::check)).and_then(|()| destination.flush());
     let published = match copied {
         Ok(()) => destination.publish(options.fsync),
         Err(error) => Err(destination.give_up(error, false)),
@@ -310,6 +313,7 @@ fn copier<'a>(
         hole: options.sparse.then(|| SMALLEST_HOLE.max(target.properties().cluster_size)),
         on_source_error: options.on_source_error,
         on_target_error: options.on_target_error,
+        capture: options.cbw_timeout,
     };
     let (source, overlay, unallocated) = (moment.image(), moment.overlay(), moment.unallocated());
     let ends = Ends { source, overlay, target, unallocated };

@@ -58,9 +58,11 @@ pub fn foreign_in_place(options: &Options, path: &Path, origin: &Origin) -> Resu
             let raw = Raw::open(path, Side::Target)?;
             let start = start_of(&raw, path)?;
             let encrypted = probe::encrypted(&start).filter(|_| options.secret_of_target().is_some());
-            match (probe(&start).foreign, encrypted) {
-                (Some(found), _) => believed(Format::Foreign(found), path, origin)?,
-                (None, encrypted) => encrypted.map_or(Format::Raw, Format::Foreign),
+            match probe(&start).foreign.or(encrypted).map(Format::Foreign) {
+                None => Format::Raw,
+                // Its own secret says what it is.
+                Some(found) if encrypted.is_some() && options.target_secret.is_some() => found,
+                Some(found) => believed(found, path, origin)?,
             }
         }
         (None, Mode::AbsolutePaths) => Format::Raw,

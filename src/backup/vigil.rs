@@ -1,9 +1,8 @@
 //! Whether the source's files were changed by anybody who was not trapped, where nothing else keeps the instant.
 //!
-//! | the instant | the image, its data files | backing files |
-//! |---|---|---|
-//! | there was no writer | must not change until the end, or until a writer comes: from then on it is the writer's to change them | must not change until the end |
-//! | writers were frozen | are theirs to change, trapped | must not change until the end |
+//! Backing files must not change until the end. The image and its data files are for those to change who are trapped, as long as
+//! one of them is attached: they must not change while none is, from the instant on if there was none, after the last one has
+//! left, until the next one comes, and to the end.
 
 use crate::error::Result;
 use crate::image::open::{Role, SourceFile};
@@ -14,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// See the module. Shared by the backup and by whoever lets writers in.
 pub struct Vigil {
     watched: Vec<Watched>,
-    met: Mutex<Met>,
+    quiet: Mutex<Quiet>,
 }
 
 struct Watched {
@@ -22,75 +21,108 @@ struct Watched {
     at_instant: Fingerprint,
 }
 
-/// How all watched files looked at one moment.
-pub type Look = Vec<Fingerprint>;
+/// How the watched files looked at one moment; `None`: a file that writers change was not looked at.
+pub type Look = Vec<Option<Fingerprint>>;
 
-/// The first writer that started after the instant.
-enum Met {
-    Nobody,
-    /// How it was before one came that may still turn out to be dead.
-    Maybe(Result<Look>),
-    /// It was attached, after this look.
-    Somebody(Result<Look>),
+/// When the image is nobody's to change.
+struct Quiet {
+    /// How it was when that began; `None`: a writer is attached.
+    since: Option<Result<Look>>,
+    /// How it was before a writer came that may still turn out to be dead.
+    maybe_until: Option<Result<Look>>,
+    /// What changed in one that is over: the file's place and what was different.
+    changed: Option<Result<(usize, String)>>,
 }
 
 impl Vigil {
     /// Begins with how `files` look at the instant, for which writers were `frozen` or there was none. Blocks while a device's
     /// dirty pages are written.
     pub fn begin(files: &[SourceFile], frozen: bool) -> Result<Self> {
-        let is_watched = |file: &&SourceFile| !frozen || file.role == Role::Backing;
         let watch = |file: &SourceFile| Ok(Watched { at_instant: file.look()?, file: file.clone() });
-        let watched = files.iter().filter(is_watched).map(watch).collect::<Result<_>>()?;
-        Ok(Self { watched, met: Mutex::new(Met::Nobody) })
+        let watched: Vec<Watched> = files.iter().map(watch).collect::<Result<_>>()?;
+        let at_instant = watched.iter().map(|watched| Some(watched.at_instant.clone())).collect();
+        let since = if frozen { None } else { Some(Ok(at_instant)) };
+        Ok(Self { watched, quiet: Mutex::new(Quiet { since, maybe_until: None, changed: None }) })
     }
 
-    /// How they look now. Blocks like [`Vigil::begin`].
+    /// How they look now, but for those that writers change. Blocks like [`Vigil::begin`].
     pub fn look(&self) -> Result<Look> {
-        self.watched.iter().map(|watched| watched.file.look()).collect()
+        let all = self.quiet().since.is_some();
+        self.look_at(|file| all || file.role == Role::Backing)
+    }
+
+    fn look_at(&self, is_wanted: impl Fn(&SourceFile) -> bool) -> Result<Look> {
+        let look = |Watched { file, .. }: &Watched| is_wanted(file).then(|| file.look()).transpose();
+        self.watched.iter().map(look).collect()
+    }
+
+    fn look_at_image(&self) -> Result<Look> {
+        self.look_at(|file| file.role != Role::Backing)
     }
 
     /// A writer may have started: looks, while it has written nothing yet.
     pub fn writer_may_come(&self) {
-        let mut met = self.met();
-        if !matches!(*met, Met::Somebody(_)) {
-            *met = Met::Maybe(self.look());
+        let mut quiet = self.quiet();
+        if quiet.since.is_some() {
+            quiet.maybe_until = Some(self.look_at_image());
         }
     }
 
     /// It did, and is attached: what changes from now on may be its own.
     pub fn writer_came(&self) {
-        let mut met = self.met();
-        *met = match std::mem::replace(&mut *met, Met::Nobody) {
-            Met::Maybe(look) | Met::Somebody(look) => Met::Somebody(look),
-            Met::Nobody => Met::Somebody(self.look()),
-        };
+        let mut quiet = self.quiet();
+        let Some(since) = quiet.since.take() else { return };
+        let until = quiet.maybe_until.take().unwrap_or_else(|| self.look_at_image());
+        let changed = since.and_then(|since| Ok(self.image_changed(&since, &until?))).transpose();
+        quiet.changed = quiet.changed.take().or(changed);
+    }
+
+    /// The last of them has left: looks, and from now on it is nobody's to change.
+    pub fn writers_left(&self) {
+        let mut quiet = self.quiet();
+        if quiet.since.is_none() {
+            quiet.since = Some(self.look_at_image());
+        }
+    }
+
+    /// Where the image is different in `now`.
+    fn image_changed(&self, before: &Look, now: &Look) -> Option<(usize, String)> {
+        let each = self.watched.iter().zip(before.iter().zip(now)).enumerate();
+        each.filter(|(_, (watched, _))| watched.file.role != Role::Backing)
+            .find_map(|(place, (_, (before, now)))| Some((place, now.as_ref()?.changed_since(before.as_ref()?)?)))
     }
 
     /// The first file that changed in a way that nobody was trapped for, and what is different; `now` is how all looked after
     /// the last read, and no writer may come any more. Asked once.
     pub fn change(&self, now: &Look) -> Result<Option<(&Path, String)>> {
-        let met = std::mem::replace(&mut *self.met(), Met::Nobody);
-        let met = if let Met::Somebody(look) = met { Some(look?) } else { None };
-        let mut each = self.watched.iter().enumerate();
-        Ok(each.find_map(|(place, Watched { file, at_instant })| {
-            let last = match &met {
-                Some(before) if file.role != Role::Backing => &before[place],
-                _ => &now[place],
-            };
-            Some((file.path.as_path(), last.changed_since(at_instant)?))
-        }))
+        let mut quiet = self.quiet();
+        let mut changed = quiet.changed.take().transpose()?;
+        if changed.is_none()
+            && let Some(since) = quiet.since.take()
+        {
+            changed = self.image_changed(&since?, now);
+        }
+        let backing = || {
+            self.watched.iter().zip(now).enumerate().find_map(|(place, (watched, now))| {
+                let now = now.as_ref().filter(|_| watched.file.role == Role::Backing)?;
+                Some((place, now.written_since(&watched.at_instant)?))
+            })
+        };
+        Ok(changed.or_else(backing).map(|(place, what)| (self.watched[place].file.path.as_path(), what)))
     }
 
     /// Of what can be told at once, such as a device that is mounted.
     pub fn change_at_once(&self) -> Option<(&Path, String)> {
+        let all = self.quiet().since.is_some();
         self.watched
             .iter()
+            .filter(|Watched { file, .. }| all || file.role == Role::Backing)
             .find_map(|Watched { file, at_instant }| Some((file.path.as_path(), at_instant.changed_since(at_instant)?)))
     }
 
     // Whoever panicked has left a whole value.
-    fn met(&self) -> MutexGuard<'_, Met> {
-        self.met.lock().unwrap_or_else(PoisonError::into_inner)
+    fn quiet(&self) -> MutexGuard<'_, Quiet> {
+        self.quiet.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -199,6 +231,53 @@ mod tests {
             chain.change("base");
             assert_eq!(changed(&vigil).as_deref(), Some("base"), "{frozen}");
         }
+    }
+
+    #[test]
+    fn what_changes_after_the_last_writer_has_left_is_nobodys() {
+        for frozen in [false, true] {
+            for (is_changed, comes_again) in [(false, false), (false, true), (true, false), (true, true)] {
+                let chain = Chain::new();
+                let vigil = chain.begin(frozen);
+                if !frozen {
+                    vigil.writer_may_come();
+                    vigil.writer_came();
+                }
+                chain.change("top");
+                vigil.writers_left();
+                if is_changed {
+                    chain.change("top");
+                }
+                // One that is dead, first.
+                for _ in 0..if comes_again { 2 } else { 1 } {
+                    vigil.writer_may_come();
+                }
+                if comes_again {
+                    vigil.writer_came();
+                    chain.change("top");
+                    vigil.writers_left();
+                }
+                let expected = is_changed.then_some("top");
+                assert_eq!(changed(&vigil).as_deref(), expected, "{frozen} {is_changed} {comes_again}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_instant_without_writers_goes_on_when_none_leaves() {
+        let chain = Chain::new();
+        let vigil = chain.begin(false);
+        chain.change("top");
+        vigil.writers_left();
+        assert_eq!(changed(&vigil).as_deref(), Some("top"));
+    }
+
+    #[test]
+    fn a_backing_file_that_gets_another_mode_was_not_written() {
+        let chain = Chain::new();
+        let vigil = chain.begin(true);
+        fs::set_permissions(chain.0.path().join("base"), std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
+        assert_eq!(changed(&vigil), None);
     }
 
     #[test]

@@ -142,16 +142,19 @@ struct Peers {
     connected: Vec<(PathBuf, Option<Peer>)>,
     /// It lives, and does not answer.
     silent: Option<PathBuf>,
+    /// One job is meant.
+    is_named: bool,
 }
 
 impl Peers {
     fn of(args: &CtlArgs) -> Result<Self> {
+        let is_named = args.job.is_some();
         if let Some(path) = &args.qmp {
             let failed = |e| Error::system(Kind::Other, format!("connect to '{}'", path.display()), e);
             let peer = Peer::connect(path).map_err(failed)?;
-            return Ok(Self { connected: vec![(path.clone(), Some(peer))], silent: None });
+            return Ok(Self { connected: vec![(path.clone(), Some(peer))], silent: None, is_named });
         }
-        let mut peers = Self { connected: Vec::new(), silent: None };
+        let mut peers = Self { connected: Vec::new(), silent: None, is_named };
         let path = args.writer_dir.clone().unwrap_or_else(folder::default_path);
         if std::fs::symlink_metadata(&path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
             return Ok(peers);
@@ -204,7 +207,8 @@ impl Peers {
     /// Why not all jobs may have been seen.
     fn silence(&self) -> Option<Error> {
         let path = self.silent.as_ref()?.display();
-        Some(Error::new(Kind::Other, format!("the run at '{path}' does not answer; --job says which is meant")))
+        let hint = if self.is_named { "" } else { "; --job says which is meant" };
+        Some(Error::new(Kind::Other, format!("the run at '{path}' does not answer{hint}")))
     }
 
     fn nobody(&self) -> Error {
@@ -250,7 +254,9 @@ fn watch(peers: &mut Peers, wanted: Option<&str>) -> Result<()> {
         let mut found = peers.look(wanted);
         found.retain(|job| !job.is_over());
         if found.is_empty() {
-            return peers.silence().map_or(Ok(()), Err);
+            // The one that was meant was seen, to its end.
+            let is_known = peers.is_named && !bars.is_empty();
+            return peers.silence().filter(|_| !is_known).map_or(Ok(()), Err);
         }
         bars.retain(|key, bar| {
             let runs = found.iter().any(|job| (job.peer, &job.id) == (key.0, &key.1));

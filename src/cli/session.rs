@@ -20,7 +20,9 @@ use crate::ground::status::Pause;
 use crate::job::Job;
 use crate::monitor::TargetKind;
 use anyhow::Context;
-use std::io::Write;
+use rustix::fs::FileType;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -104,6 +106,11 @@ struct Watched {
     status_wanted: Sender<()>,
     /// Set with the last record.
     code: Option<u8>,
+}
+
+/// False as well where that can't be told.
+fn is_file(stream: impl AsFd) -> bool {
+    rustix::fs::fstat(stream).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
 }
 
 /// How far an undoing came.
@@ -430,7 +437,13 @@ impl Watched {
         let rate_avg = (summary.data as f64 / elapsed.as_secs_f64().max(1e-3)) as u64;
         let kind = self.watch.started.get().map(|started| started.target_kind);
         let compared = kind == Some(TargetKind::Nowhere);
-        let good = GoodEnd { summary, elapsed, rate_avg, compared, sent: kind == Some(TargetKind::Stdout) };
+        let good = GoodEnd {
+            summary,
+            elapsed,
+            rate_avg,
+            compared,
+            sent: kind == Some(TargetKind::Stdout) && !is_file(io::stdout()),
+        };
         let display = &self.watch.display;
         good.missing().iter().for_each(|line| display.fail(line));
         if !summary.consistent && !self.view.quiet {

@@ -50,8 +50,9 @@ fn end_beside_a_capture(goes_on: bool) -> (Result<Losses>, u8) {
         Ok(())
     };
     tracker.before_write(ByteRange::new(0, 1), save).unwrap();
-    let rules =
-        Rules { granule: GRANULE, hole: None, on_source_error: OnError::Report, on_target_error: OnError::Report };
+    let capture = if goes_on { Duration::from_secs(20) } else { Duration::from_millis(100) };
+    let (on_source_error, on_target_error) = (OnError::Report, OnError::Report);
+    let rules = Rules { granule: GRANULE, hole: None, on_source_error, on_target_error, capture };
     let ends = Ends { source: &source, overlay: Some(&overlay), target: &target, unallocated: None };
     let copier = Copier::new(&job, &Deaf, &tracker, ends, rules);
     let ((begun, begins), (let_go, held)) = (channel(), channel());

@@ -317,19 +317,21 @@ impl<'a> Opening<'a> {
             self.warnings.push(format!("'{}' is marked corrupt: what it holds may be wrong", path.display()));
         }
         let link = self.link(path, &header)?;
-        let data = self.data_file(path, &header)?;
+        let data = self.data_file(path, &header, index)?;
         let image = Qcow2::open(file, header, data, self.cache.layer(index)).map_err(wrong)?;
         Ok((Arc::new(image), link))
     }
 
-    fn data_file(&mut self, path: &Path, header: &Header) -> Result<Option<Arc<dyn Image>>> {
+    fn data_file(&mut self, path: &Path, header: &Header, index: u32) -> Result<Option<Arc<dyn Image>>> {
         if !header.has(incompatible::DATA_FILE) {
             return Ok(None);
         }
         let within = |error| within("external data file", path, error);
         let name = header.data_file.as_deref().ok_or_else(|| within(refusal("its name is not recorded")))?;
         let data = named_path(path, name).map_err(within)?;
-        self.file(&data, Role::Data).map(Some).map_err(within)
+        // Of a backing file it is one too: nobody traps what is written there.
+        let role = if index == 0 { Role::Data } else { Role::Backing };
+        self.file(&data, role).map(Some).map_err(within)
     }
 
     fn link(&mut self, path: &Path, header: &Header) -> Result<Option<Link>> {

@@ -32,6 +32,16 @@ pub struct Times {
     /// Seconds and nanoseconds.
     modified: (i64, i64),
     changed: (i64, i64),
+    attributes: Attributes,
+}
+
+/// What of a file changes its ctime, and not its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Attributes {
+    mode: u32,
+    user: u32,
+    group: u32,
+    links: u64,
 }
 
 /// What tells that a device was written.
@@ -62,6 +72,17 @@ impl Fingerprint {
             _ => Some("it is no longer the same file".to_owned()),
         }
     }
+
+    /// [`Fingerprint::changed_since`], but for a file that got another owner, mode or name: one that several disks share is lent
+    /// from one virtual machine to the next.
+    pub fn written_since(&self, before: &Self) -> Option<String> {
+        match (before, self) {
+            (Self::File(before), Self::File(now)) if now.attributes != before.attributes => {
+                Times { changed: before.changed, ..*now }.changed_since(before)
+            }
+            _ => self.changed_since(before),
+        }
+    }
 }
 
 impl Times {
@@ -71,6 +92,12 @@ impl Times {
             length: metadata.len(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
             changed: (metadata.ctime(), metadata.ctime_nsec()),
+            attributes: Attributes {
+                mode: metadata.mode(),
+                user: metadata.uid(),
+                group: metadata.gid(),
+                links: metadata.nlink(),
+            },
         }
     }
 
@@ -177,6 +204,29 @@ mod tests {
                 assert_eq!(change(&path, || write(&path, 4096)).unwrap(), "it was modified (mtime)");
             }
             assert_eq!(change(&path, || write(&path, 1 << 20)).unwrap(), "its size went from 1048576 to 1048577 bytes");
+        }
+    }
+
+    #[test]
+    fn another_owner_mode_or_name_is_no_write() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        sparse_file(&path, 4096);
+        let changes: [(&str, &dyn Fn()); 3] = [
+            ("owner", &|| std::os::unix::fs::chown(&path, Some(1), Some(1)).unwrap()),
+            ("mode", &|| std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap()),
+            ("name", &|| std::fs::hard_link(&path, folder.path().join("link")).unwrap()),
+        ];
+        for (what, change) in changes {
+            let file = File::open(&path).unwrap();
+            let look = || Fingerprint::take(&file, &path).unwrap();
+            let before = look();
+            change();
+            assert_eq!(look().changed_since(&before).unwrap(), "its inode was changed (ctime)", "{what}");
+            assert_eq!(look().written_since(&before), None, "{what}");
+            write(&path, 0);
+            assert_eq!(look().written_since(&before).unwrap(), "it was modified (mtime)", "{what}");
         }
     }
 

@@ -107,14 +107,21 @@ fn a_stream_leaves_standard_output_to_the_disk() {
 fn a_stream_is_durable_only_in_a_file() {
     let bench = Bench::new();
     let stream = ["--device", "disk.raw", "--target", "-"];
-    let to = |out: Stdio, more: &str| bench.bare().args(stream).arg(more).stdout(out).stderr(Stdio::piped()).output();
+    let to = |out: Stdio, more: &str| {
+        let more = more.split(' ');
+        bench.bare().args(stream).args(more).stdout(out).stderr(Stdio::piped()).output()
+    };
     let file = || Stdio::from(fs::File::create(bench.path("out.raw")).unwrap());
     for (out, is_durable) in [(file(), true), (Stdio::piped(), false)] {
         let records = records(&to(out, "--json").unwrap().stderr);
         assert_eq!(records.last().unwrap()["durable"], is_durable);
     }
-    for (out, said) in [(file(), "; on stable storage\n"), (Stdio::piped(), "; sent; what its reader does with it")] {
-        let text = String::from_utf8(to(out, "--verbose").unwrap().stderr).unwrap();
+    for (out, more, said) in [
+        (file(), "--verbose", "; on stable storage\n"),
+        (file(), "--verbose --no-fsync", "; NOT flushed to stable storage\n"),
+        (Stdio::piped(), "--verbose", "; sent; what its reader does with it"),
+    ] {
+        let text = String::from_utf8(to(out, more).unwrap().stderr).unwrap();
         assert!(text.contains(said), "{text}");
     }
     assert_eq!(code(bench.backup().args(["--manifest", "m.json"]).output().unwrap().status), 0);

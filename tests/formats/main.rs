@@ -97,7 +97,8 @@ fn is_gone(child: Pid) -> Option<()> {
 fn every_format_is_read_and_written_as_qemu_does() {
     let bench = Bench::new();
     for format in ["vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"] {
-        let (source, copy) = (format!("source.{format}"), format!("copy.{format}"));
+        let extension = if format == "parallels" { "hdd" } else { format };
+        let (source, copy) = (format!("source.{format}"), format!("copy.{extension}"));
         let options = if format == "vpc" { "-o force_size=on" } else { "" };
         let convert = format!("convert -f raw -O {format} {options}");
         qemu_img(&convert, &[&bench.at("disk.raw"), &bench.at(&source)]);
@@ -112,7 +113,7 @@ fn every_format_is_read_and_written_as_qemu_does() {
         }
         // Holes stay holes: 4 MiB of data, not 24. VHDX allocates 8 MiB at once.
         assert!(format == "vhdx" || blocks(&fs::metadata(bench.at(&copy)).unwrap()) * 512 < 12 << 20, "{format}");
-        // Into what is there, found by its content.
+        // Into what is there, found by its content and its name.
         qemu_io(&["-f", format], &bench.at(&copy), &["write -P 9 12M 64k"]);
         bench.copy("disk.raw", &copy, &["--mode", "existing"]).succeeds();
         assert_eq!(qemu_img(&compare, &[&bench.at("disk.raw"), &bench.at(&copy)]), "Images are identical.", "{format}");
@@ -188,6 +189,41 @@ fn a_secret_opens_what_is_encrypted_and_shows_nowhere() {
     bench.copy("encrypted", "x.raw", &["--source-format", "luks"]).fails(2, "luks needs a --secret");
     let refused = bench.copy("encrypted", "x.raw", &["--secret", "env:NO_SUCH"]);
     refused.fails(2, "there is no variable 'NO_SUCH'");
+}
+
+/// As when a guest has encrypted its disk, which is copied back over an older copy.
+#[test]
+fn a_raw_target_that_begins_like_luks_stays_what_was_said() {
+    let bench = Bench::new();
+    fs::write(bench.at("key"), "hunter2").unwrap();
+    let object = format!("secret,id=s,file={}", text(&bench.at("key")));
+    let options = ["-o", "iter-time=10,key-secret=s"];
+    let create = ["create", "-q", "--object", &object, "-f", "luks"];
+    run("qemu-img", &[&create[..], &options, &[text(&bench.at("disk.luks")), "24M"]].concat());
+    bench.copy("disk.raw", "disk.luks", &["--mode", "existing", "--target-secret", "file:key"]).succeeds();
+    for version in [1, 2] {
+        let mut guests = vec![0; 24 << 20];
+        guests[..8].copy_from_slice(&[b'L', b'U', b'K', b'S', 0xBA, 0xBE, 0, version]);
+        fs::write(bench.at("old.img"), &guests).unwrap();
+        let existing = ["--mode", "existing", "--secret", "file:key"];
+        bench.copy("disk.luks", "old.img", &existing).fails(2, "say --format luks or --format raw");
+        assert!(fs::read(bench.at("old.img")).unwrap() == guests);
+        bench.copy("disk.luks", "old.img", &[&existing[..], &["--format", "raw"]].concat()).succeeds();
+        bench.is_disk("old.img");
+    }
+}
+
+/// A log, or a lock, of the script that calls us.
+#[test]
+fn what_a_script_has_open_is_no_file_of_an_image() {
+    let bench = Bench::new();
+    qemu_img("convert -f raw -O vmdk", &[&bench.at("disk.raw"), &bench.at("disk.vmdk")]);
+    let copy = format!("{} --device disk.vmdk --target copy.raw --writer-dir meet", support::BINARY);
+    let script = format!("exec 9>>open; rm open; echo more >&9; exec {copy}");
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &script]).env("TMPDIR", bench.at("tmp")).current_dir(bench.folder.path());
+    Ended::of(shell.output().unwrap()).succeeds();
+    bench.is_disk("copy.raw");
 }
 
 #[test]

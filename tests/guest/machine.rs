@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, Once};
 use std::time::{Duration, Instant};
 
 /// Without KVM a guest is slow, and the machine may have other work.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 fn home() -> PathBuf {
     static PREPARED: Once = Once::new();

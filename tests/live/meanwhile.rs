@@ -215,3 +215,60 @@ fn disks_that_change_while_the_instant_of_several_is_taken_are_refused() {
         }
     }
 }
+
+/// Nobody is trapped any more.
+#[test]
+fn a_change_after_the_last_writer_has_left_is_noticed() {
+    for is_changed in [false, true] {
+        let scene = Scene::raw();
+        let writer = Writer::open_in(scene.path("disk.raw"), scene.path("meet")).unwrap();
+        let ended = scene.copy("Copying", &["--writer", "required"], || {
+            drop(writer);
+            // It is seen to be gone within milliseconds.
+            for _ in 0..if is_changed { 100 } else { 0 } {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                scene.overwrite("disk.raw", LENGTH / 2);
+            }
+        });
+        scene.is_noticed(&ended, "disk.raw", is_changed);
+    }
+}
+
+#[test]
+fn a_backing_images_data_file_that_changes_below_a_writer_is_noticed() {
+    for is_changed in [false, true] {
+        let scene = Scene { folder: kit::memory_folder(), source: "top.qcow2" };
+        let [base, data, top] = ["base.qcow2", "data.raw", "top.qcow2"].map(|name| scene.path(name));
+        qemu_img(&format!("create -q -f qcow2 -o data_file={},data_file_raw=on,size=8M", text(&data)), &[&base]);
+        qemu_img(&format!("create -q -f qcow2 -F qcow2 -b {}", text(&base)), &[&top]);
+        let writer = Writer::open_in(&top, scene.path("meet")).unwrap();
+        let ended = scene.copy("Copying", &["--writer", "required"], || {
+            if is_changed {
+                scene.overwrite("data.raw", LENGTH / 2);
+            }
+        });
+        scene.is_noticed(&ended, "data.raw", is_changed);
+        drop(writer);
+    }
+}
+
+/// Its tables are read before the writers of the other disk are frozen, who would wait for that.
+#[test]
+fn an_image_without_writers_is_looked_at_before_the_writers_of_another_disk_are_frozen() {
+    for is_changed in [false, true] {
+        let scene = Scene::of("disk.qcow2", QCOW2);
+        let other = scene.path("other.raw");
+        std::fs::write(&other, bytes::noise(1, 1 << 20)).unwrap();
+        let writer = Writer::open_in(&other, scene.path("meet")).unwrap();
+        let more = scene.path("copy of other");
+        let ended = scene.copy("Frozen", &["--device", text(&other), "--target", text(&more)], || {
+            if is_changed {
+                File::options().append(true).open(scene.path("disk.qcow2")).unwrap().set_len(8 << 20).unwrap();
+            }
+        });
+        let is_told = ended.stderr.contains("disk.qcow2' is not consistent: its size went from");
+        assert_eq!((ended.code, is_told), if is_changed { (4, true) } else { (0, false) }, "{ended:?}");
+        assert!(more.exists(), "each copy is on its own");
+        drop(writer);
+    }
+}

@@ -229,8 +229,14 @@ fn a_run_that_does_not_answer_is_not_taken_for_none() {
     let shown = ctl(&["status"]);
     assert_eq!((shown.code, shown.stderr.lines().count()), (0, 1), "{shown:?}");
     assert!(String::from_utf8_lossy(&shown.stdout).starts_with("disk: running"), "{shown:?}");
+    let mut follows = crate::support::command(&["ctl", "--writer-dir", text(&folder), "--job", "disk", "watch"]);
+    let follows = Running::start(&mut follows);
+    let connections = || fs::read_dir(format!("/proc/{}/fd", follows.id())).map_or(0, Iterator::count);
+    // The three streams, and both runs; the one that stands still takes the longer to be given up.
+    wait_for("the one that follows", || (connections() > 3).then_some(()));
     ctl(&["--job", "disk", "cancel"]).succeeds();
     assert_eq!(runs.ended().code, 1);
+    follows.ended().succeeds();
     ctl(&["watch"]).fails(1, "does not answer");
     drop(stands_still);
     ctl(&["watch"]).succeeds();

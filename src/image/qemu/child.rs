@@ -53,7 +53,9 @@ impl Child {
         let mut found = Vec::new();
         for entry in std::fs::read_dir(format!("/proc/{}/fd", self.process.id()))? {
             let through = entry?.path();
-            let file_type = std::fs::metadata(&through)?.file_type();
+            // It may have closed one meanwhile.
+            let Ok(metadata) = std::fs::metadata(&through) else { continue };
+            let file_type = metadata.file_type();
             if file_type.is_file() || file_type.is_block_device() {
                 let name = std::fs::read_link(&through)?;
                 found.push((through, name));

@@ -89,6 +89,9 @@ pub trait Trap: Send + Sync {
     /// It did, and is attached.
     fn writer_came(&self) {}
 
+    /// The last writer has left. May block for a moment.
+    fn writers_left(&self) {}
+
     /// The instant is lost, and why. Called once, before any writer is let go. Must not block.
     fn lost(&self, why: &Error);
 }
@@ -395,6 +398,13 @@ impl Hub {
     /// The writer is gone. What it had not been granted it never wrote. Its ring is kept while its process lives: it may only
     /// have lost its connection, and mark the ring later, before it writes.
     fn forget(&self, link: &Arc<Link>) {
+        self.remove(link);
+        if lock(&self.links).iter().all(|link| link.is_over()) {
+            self.trap.get().iter().for_each(|trap| trap.writers_left());
+        }
+    }
+
+    fn remove(&self, link: &Arc<Link>) {
         link.let_go();
         let mut links = lock(&self.links);
         let Some(at) = links.iter().position(|other| Arc::ptr_eq(other, link)) else { return };
@@ -438,7 +448,7 @@ impl Hub {
         let links = lock(&self.links).clone();
         for link in &links {
             link.detach();
-            self.forget(link);
+            self.remove(link);
         }
         self.ring_bell();
     }

@@ -247,7 +247,7 @@ impl Bench {
         let (source, overlay) = (&*self.disk, Some(&*self.overlay));
         let ends = Ends { source, overlay, target: &self.target, unallocated: None };
         let (on_source_error, on_target_error) = (OnError::Report, OnError::Report);
-        let rules = Rules { granule, hole, on_source_error, on_target_error };
+        let rules = Rules { granule, hole, on_source_error, on_target_error, capture: Duration::ZERO };
         Copier::new(job, &Silent, &self.tracker, ends, rules)
     }
 
@@ -406,7 +406,7 @@ fn nobodys_write_waits_for_a_job_that_stopped_for_its_source() {
     let ends = Ends { source: &*bench.disk, overlay: Some(&*bench.overlay), target: &bench.target, unallocated: None };
     let (granule, hole) = (CLUSTER, None);
     let (on_source_error, on_target_error) = (OnError::Stop, OnError::Report);
-    let rules = Rules { granule, hole, on_source_error, on_target_error };
+    let rules = Rules { granule, hole, on_source_error, on_target_error, capture: Duration::ZERO };
     let copier = Copier::new(&job, &monitor, &bench.tracker, ends, rules);
     thread::scope(|scope| {
         let (done, granted) = mpsc::channel();
