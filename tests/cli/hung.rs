@@ -15,18 +15,24 @@ fn is_stalled(record: &Value) -> bool {
     record["phase"] == "copy" && record["seconds_stalled"].as_u64() > Some(0)
 }
 
-/// Ends it and returns its last record.
-fn end(backup: &mut Running, records: Records, signals: &[i32], bound: Duration) -> Value {
-    let sent = Instant::now();
-    signals.iter().for_each(|signal| backup.signal(*signal));
+/// Ends it. Was that before `bound`, with a last record?
+fn ends_before(bound: Instant, signal: i32, backup: &mut Running, records: Records) -> bool {
+    backup.signal(signal);
     let status = backup.wait();
-    let took = sent.elapsed();
-    assert_eq!(status.signal(), Some(signals[0]), "{status}");
-    assert!(took < bound, "{took:?}");
-    let last = records.last().unwrap();
-    assert_eq!((&last["message_type"], &last["reason"]), (&"exit_error".into(), &"signal".into()));
-    assert_eq!(last["exit_code"], 128 + signals[0]);
-    last
+    let in_time = Instant::now() < bound;
+    assert_eq!(status.signal(), Some(signal), "{status}");
+    let last = records.last();
+    println!("in time: {in_time}, {last:?}");
+    let Some(last) = last.filter(|last| last["message_type"] == "exit_error") else { return false };
+    assert_eq!((&last["reason"], &last["exit_code"]), (&"signal".into(), &(128 + signal).into()), "{last}");
+    assert_eq!(last["target_state"], "incomplete", "{last}");
+    assert!(last["message"].as_str().unwrap().contains("INCOMPLETE"), "{last}");
+    in_time
+}
+
+/// Who waits too long does each time; who does not may be late on a busy machine, but not each time.
+fn is_once(mut what: impl FnMut() -> bool) -> bool {
+    (0..10).any(|_| what())
 }
 
 /// A stream that nobody reads: the writer hangs in write(2).
@@ -44,30 +50,29 @@ fn unread_stream(bench: &Bench) -> (Running, Records, PipeReader) {
 fn a_stream_that_nobody_reads_is_left_within_a_second() {
     let bench = Bench::new();
     for signal in [SIGINT, SIGTERM] {
-        let (mut backup, records, _read) = unread_stream(&bench);
-        let last = end(&mut backup, records, &[signal], A_SECOND);
-        assert_eq!(last["target_state"], "incomplete");
+        let ended = is_once(|| {
+            let (mut backup, records, _read) = unread_stream(&bench);
+            ends_before(Instant::now() + A_SECOND, signal, &mut backup, records)
+        });
+        assert!(ended, "{signal}: it takes longer than a second, or says nothing");
     }
 }
 
-/// Two interrupts; how long it took from the first one on.
-fn interrupted_twice(bench: &Bench) -> Duration {
+/// Two interrupts. Did it end within `bound` from the first one on?
+fn interrupted_twice(bench: &Bench, bound: Duration) -> bool {
     let (mut backup, mut records, _read) = unread_stream(bench);
-    let sent = Instant::now();
+    let bound = Instant::now() + bound;
     backup.signal(SIGINT);
     // The first one was taken: two at once may merge into one.
-    records.until(|record| record["phase"] == "cancel");
-    let last = end(&mut backup, records, &[SIGINT], A_SECOND);
-    assert_eq!(last["target_state"], "incomplete");
-    sent.elapsed()
+    records.any(|record| record["phase"] == "cancel") && ends_before(bound, SIGINT, &mut backup, records)
 }
 
-/// Who waits for the grace never ends before it is over; who does not may be late on a busy machine, but not each time.
+/// Who waits for the grace never ends before it is over.
 #[test]
 fn a_second_interrupt_ends_a_hung_run_at_once() {
     const GRACE: Duration = Duration::from_millis(600);
     let bench = Bench::new();
-    assert!((0..10).any(|_| interrupted_twice(&bench) < GRACE), "it waits for the grace");
+    assert!(is_once(|| interrupted_twice(&bench, GRACE)), "it waits for the grace");
 }
 
 /// The disk of a daemon that can be stopped, as a file: its users hang in the kernel.
@@ -114,8 +119,8 @@ struct Hung {
     backup: Running,
 }
 
-#[test]
-fn a_hung_file_system_is_left_within_a_second() {
+/// An interrupt while the target hangs in the kernel. Did it end within a second?
+fn interrupted_on_hung_file_system() -> bool {
     let bench = Bench::new();
     let export = Export::new(&bench);
     let flags = ["--device", "disk.raw", "--target", "export", "--mode", "existing", "--speed", "2M", "--json"];
@@ -129,7 +134,10 @@ fn a_hung_file_system_is_left_within_a_second() {
     stop(&hung.export.daemon);
     hung.backup.signal(SIGCONT);
     records.until(is_stalled);
-    let last = end(&mut hung.backup, records, &[SIGINT], A_SECOND);
-    assert_eq!(last["target_state"], "incomplete");
-    assert!(last["message"].as_str().unwrap().contains("INCOMPLETE"), "{last}");
+    ends_before(Instant::now() + A_SECOND, SIGINT, &mut hung.backup, records)
+}
+
+#[test]
+fn a_hung_file_system_is_left_within_a_second() {
+    assert!(is_once(interrupted_on_hung_file_system), "it takes longer than a second, or says nothing");
 }
