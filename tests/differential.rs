@@ -8,7 +8,7 @@ mod support;
 use drive_backup::writer::Writer;
 use serde_json::{Value, json};
 use std::fs::OpenOptions;
-use std::io::{BufRead, BufReader, Write as _};
+use std::io::{BufRead, BufReader, Read as _, Write as _};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -161,15 +161,15 @@ fn compare(seed: u64, format: &str) {
     let ends = ["--device", text(&device), "--target", text(&target), "--writer-dir", text(&meet)];
     // So slow that it has copied little when the last write is there.
     let how = ["--source-format", "raw", "--format", format, "--snapshot", "overlay", "--overlay", "memory"];
-    let pace = ["--speed", "1M", "--freeze-timeout", "60", "--cbw-timeout", "60", "--json"];
+    let pace = ["--speed", "64K", "--freeze-timeout", "60", "--cbw-timeout", "60", "--json"];
     let mut backup = Running::start(&mut command(&[&ends[..], &how, &pace].concat()));
     let mut records = BufReader::new(backup.child().stdout.take().unwrap());
-    let mut start = String::new();
-    records.read_line(&mut start).unwrap();
+    let start = support::start_of(records.by_ref().lines().map(Result::unwrap));
     assert!(start.contains(r#""instant":"frozen""#), "{start}");
     ours.write(after);
     let last = std::thread::spawn(move || records.lines().map(Result::unwrap).last().unwrap());
-    backup.ended().succeeds();
+    backup.signal(nix::sys::signal::Signal::SIGUSR2);
+    backup.ended().succeeds_unlimited();
     let last: Value = serde_json::from_str(&last.join().unwrap()).unwrap();
     assert!(last["writer"]["trapped"].as_u64().unwrap() > 0, "writes came before the copier: {last}");
 

@@ -1,10 +1,12 @@
 //! What is asked for of writers and of the snapshot, and what becomes of it beside a program that writes.
 
 use crate::kit;
+use crate::support::hold::Hold;
 use crate::support::{self, Ended, Mount, PATIENCE, Running, command, fingerprint, folder, text};
 use crate::trail::{self, Typist};
 use drive_backup::writer::Writer;
-use std::io::{BufRead, BufReader};
+use nix::sys::signal::Signal;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
@@ -51,6 +53,16 @@ impl Scene {
         self.start(&self.path("copy"), more).ended()
     }
 
+    /// How a backup ends that is held amid its copy until `typist` has written.
+    fn written_meanwhile(&self, typist: &Typist, arguments: &[&str]) -> Ended {
+        let hold = Hold::at("Copying", &self.home);
+        let mut running = Running::start(command(arguments).env("DRIVE_BACKUP_HOLD", hold.variable()));
+        let held = hold.reached(&mut running);
+        typist.goes_on(10);
+        drop(held);
+        running.ended()
+    }
+
     fn copy(&self) -> Vec<u8> {
         std::fs::read(self.path("copy")).unwrap()
     }
@@ -58,6 +70,11 @@ impl Scene {
 
 fn said(ended: &Ended) -> String {
     String::from_utf8(ended.stdout.clone()).unwrap()
+}
+
+#[track_caller]
+fn start_of(ended: &Ended) -> String {
+    support::start_of(said(ended).lines().map(str::to_owned))
 }
 
 #[test]
@@ -75,7 +92,7 @@ fn a_writer_that_is_required_is_found() {
     let typist = scene.typist();
     let ended = scene.back_up(&["--writer", "required", "--freeze-timeout", "60", "--json"]);
     ended.succeeds();
-    let start = said(&ended).lines().next().unwrap().to_owned();
+    let start = start_of(&ended);
     assert!(start.contains(r#""instant":"frozen""#) && start.contains(r#""writers":1"#), "{start}");
     assert!(trail::check(&scene.copy()) < typist.written() + 1);
 }
@@ -90,7 +107,7 @@ fn a_writer_in_another_folder_is_not_found_but_noticed() {
     ended.fails(2, "writer-dir");
     let (disk, copy) = (scene.path("disk"), scene.path("copy"));
     let ends = ["--device", text(&disk), "--target", text(&copy), "--writer-dir", text(&elsewhere), "--speed", "4M"];
-    support::drive_backup(&ends).fails(4, "is not consistent");
+    scene.written_meanwhile(&typist, &ends).fails(4, "is not consistent");
     assert!(!copy.exists());
     typist.goes_on(100);
 }
@@ -99,8 +116,10 @@ fn a_writer_in_another_folder_is_not_found_but_noticed() {
 fn a_writer_that_nobody_looks_for_is_noticed() {
     let scene = Scene::new();
     let typist = scene.typist();
-    scene.back_up(&["--writer", "none", "--speed", "4M"]).fails(4, "is not consistent");
-    assert!(!scene.path("copy").exists());
+    let (disk, copy) = (scene.path("disk"), scene.path("copy"));
+    let ends = ["--device", text(&disk), "--target", text(&copy), "--writer", "none", "--speed", "4M"];
+    scene.written_meanwhile(&typist, &ends).fails(4, "is not consistent");
+    assert!(!copy.exists());
     typist.goes_on(100);
     let allowed = ["--writer", "none", "--allow-inconsistent", "--json"];
     let ended = scene.start(&scene.path("copy"), &allowed).ended();
@@ -134,7 +153,7 @@ fn a_clone_is_taken_in_the_freeze_and_traps_nothing() {
                 let ended = scene.start(&target, &more).ended();
                 ended.succeeds();
                 let said = said(&ended);
-                let start = said.lines().next().unwrap();
+                let start = start_of(&ended);
                 assert!(start.contains(r#""instant":"reflink""#) && start.contains(r#""overlay":null"#), "{start}");
                 let instant = trail::check(&std::fs::read(&target).unwrap());
                 assert!(instant >= before && instant <= typist.written(), "{kind}: {instant}");
@@ -171,7 +190,7 @@ fn the_overlay_is_a_file_without_a_name_in_the_folder_that_was_said() {
     let place = folder();
     let (disk, meet, copy) = (scene.path("disk"), scene.path("meet"), scene.path("copy"));
     let ends = ["--device", text(&disk), "--target", text(&copy), "--writer-dir", text(&meet)];
-    let how = ["--overlay", text(place.path()), "--speed", "256K", "--freeze-timeout", "60", "--cbw-timeout", "60"];
+    let how = ["--overlay", text(place.path()), "--speed", "16K", "--freeze-timeout", "60", "--cbw-timeout", "60"];
     let backup = Running::start(&mut command(&[&ends[..], &how].concat()));
     let device = std::fs::metadata(place.path()).unwrap().dev();
     let descriptors = PathBuf::from(format!("/proc/{}/fd", backup.id()));
@@ -184,7 +203,7 @@ fn the_overlay_is_a_file_without_a_name_in_the_folder_that_was_said() {
         assert_eq!(support::names(place.path()), [""; 0]);
         found
     });
-    backup.signal(nix::sys::signal::Signal::SIGTERM);
+    backup.signal(Signal::SIGTERM);
     assert_eq!(backup.ended().code, 143);
     assert!(!copy.exists());
     typist.goes_on(100);
@@ -194,15 +213,14 @@ fn the_overlay_is_a_file_without_a_name_in_the_folder_that_was_said() {
 fn a_second_backup_of_a_disk_is_busy() {
     let scene = Scene::new();
     let typist = scene.typist();
-    let mut first = scene.start(&scene.path("copy"), &["--speed", "512K", "--freeze-timeout", "60", "--json"]);
+    let mut first = scene.start(&scene.path("copy"), &["--speed", "16K", "--freeze-timeout", "60", "--json"]);
     let mut records = BufReader::new(first.child().stdout.take().unwrap());
-    let mut line = String::new();
-    records.read_line(&mut line).unwrap();
-    assert!(line.contains(r#""message_type":"start""#), "{line}");
+    support::start_of(records.by_ref().lines().map(Result::unwrap));
     scene.start(&scene.path("second"), &[]).ended().fails(8, "another backup");
     assert!(!scene.path("second").exists());
     let rest = std::thread::spawn(move || records.lines().map(Result::unwrap).count());
-    first.ended().succeeds();
+    first.signal(Signal::SIGUSR2);
+    first.ended().succeeds_unlimited();
     rest.join().unwrap();
     trail::check(&scene.copy());
     typist.goes_on(100);
@@ -221,10 +239,13 @@ fn a_writer_that_does_not_freeze_in_time_fails_the_backup_and_goes_on() {
         Ok(())
     });
     let typist = Typist::with(writer, &scene.path("disk"));
-    let since = Instant::now();
-    scene.back_up(&["--freeze-timeout", "0.3"]).fails(6, "did not freeze within 0.3 s");
-    assert!(since.elapsed() < PATIENCE / 2);
-    hanging.recv().unwrap();
+    // The time may be up before the writer has heard of the freeze.
+    support::wait_for("a freeze that hangs", || {
+        let since = Instant::now();
+        scene.back_up(&["--freeze-timeout", "0.3"]).fails(6, "did not freeze within 0.3 s");
+        assert!(since.elapsed() < PATIENCE / 2);
+        hanging.try_recv().ok()
+    });
     assert!(!scene.path("copy").exists());
     typist.goes_on(100);
     drop(release);
@@ -249,7 +270,7 @@ fn several_writers_of_one_disk_are_all_found() {
     let ends = ["--device", text(&link), "--target", text(&copy), "--writer-dir", text(&meet), "--json"];
     let ended = support::drive_backup(&[&ends[..], &["--freeze-timeout", "60", "--overlay", "memory"]].concat());
     ended.succeeds();
-    assert!(said(&ended).lines().next().unwrap().contains(r#""writers":4"#));
+    assert!(start_of(&ended).contains(r#""writers":4"#));
     assert!(trail::check(&scene.copy()) <= typist.written());
     drop(quiet);
 }
@@ -260,7 +281,7 @@ fn several_writers_of_one_disk_are_all_found() {
 fn no_thread_of_a_backup_stands_back_while_writes_wait_for_it() {
     let scene = Scene::new();
     let _typist = scene.typist();
-    let mut backup = scene.start(&scene.path("copy"), &["--speed", "256K", "--freeze-timeout", "60", "--json"]);
+    let mut backup = scene.start(&scene.path("copy"), &["--speed", "16K", "--freeze-timeout", "60", "--json"]);
     let mut records = BufReader::new(backup.child().stdout.take().unwrap())
         .lines()
         .map(|line| serde_json::from_str::<serde_json::Value>(&line.unwrap()).unwrap());
@@ -274,6 +295,6 @@ fn no_thread_of_a_backup_stands_back_while_writes_wait_for_it() {
     let threads = std::fs::read_dir(format!("/proc/{}/task", backup.id())).unwrap();
     let nice: Vec<_> = threads.map(|thread| nice(thread.unwrap().path().join("stat"))).collect();
     assert!(nice.len() > 1 && nice.iter().all(|&nice| nice == ours), "{nice:?}");
-    backup.signal(nix::sys::signal::Signal::SIGTERM);
+    backup.signal(Signal::SIGTERM);
     assert_eq!(backup.ended().code, 143);
 }

@@ -7,7 +7,7 @@ use crate::trail::{self, Typist};
 use drive_backup::writer::Writer;
 use nix::sys::signal::Signal;
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -199,8 +199,7 @@ fn a_backup_that_is_stopped_past_its_bound_fails_when_it_wakes() {
     let slow = ["--speed", "64K", "--cbw-timeout", "0.2", "--freeze-timeout", "60", "--json"];
     let mut backup = scene.start_backup(&slow);
     let mut records = BufReader::new(backup.child().stdout.take().unwrap());
-    let mut line = String::new();
-    records.read_line(&mut line).unwrap();
+    let line = support::start_of(records.by_ref().lines().map(Result::unwrap));
     assert!(line.contains(r#""instant":"frozen""#), "{line}");
     backup.signal(Signal::SIGSTOP);
     // All blocks: some of them can't have been saved.
@@ -224,8 +223,7 @@ fn a_backup_whose_writer_dies_succeeds() {
     let slow = ["--speed", "2M", "--freeze-timeout", "60", "--cbw-timeout", "60", "--json"];
     let mut backup = scene.start_backup(&slow);
     let mut records = BufReader::new(backup.child().stdout.take().unwrap());
-    let mut line = String::new();
-    records.read_line(&mut line).unwrap();
+    let line = support::start_of(records.by_ref().lines().map(Result::unwrap));
     assert!(line.contains(r#""instant":"frozen""#), "{line}");
     scene.writer.signal(Signal::SIGKILL);
     scene.writer.child().wait().unwrap();

@@ -47,6 +47,14 @@ impl Ended {
         self
     }
 
+    /// Success of one whose speed limit was lifted, which it says, and nothing else.
+    #[track_caller]
+    pub fn succeeds_unlimited(&self) -> &Self {
+        let line = "drive-backup: speed limit off; SIGUSR2 turns it on again\n";
+        assert_eq!((self.code, self.stderr.as_str()), (0, line), "{self:?}");
+        self
+    }
+
     /// A failure with this code that says `reason` on stderr, in one line.
     #[track_caller]
     pub fn fails(&self, code: i32, reason: &str) -> &Self {
@@ -103,6 +111,12 @@ pub fn qemu_io(options: &[&str], image: &Path, commands: &[&str]) {
     let output = run("qemu-io", &arguments);
     // qemu-io answers 0 after some failed commands.
     assert!(!output.to_lowercase().contains("fail") && !output.contains("error"), "{arguments:?}: {output}");
+}
+
+/// The JSON line that tells of a backup's start; a slow one has told of its status before.
+#[track_caller]
+pub fn start_of(mut lines: impl Iterator<Item = String>) -> String {
+    lines.find(|line| line.contains(r#""message_type":"start""#)).expect("it never starts")
 }
 
 /// Looks until `look` sees something; panics when `what` does not happen.
