@@ -163,14 +163,30 @@ pub fn records(output: &[u8]) -> Vec<Value> {
     assert_eq!(records.iter().filter(is_last).count(), 1, "{text}");
     let last = records.last().unwrap();
     assert!(is_last(&last), "{text}");
-    for (seq, record) in records.iter().enumerate() {
+    assert_none_is_lost(&records);
+    for record in &records {
         assert_eq!(record["schema"], 1);
-        assert_eq!(record["seq"], seq, "nothing was dropped");
         assert_eq!(record["job"], last["job"]);
         let time = record["time"].as_str().unwrap();
         assert!(time.len() == "2026-01-01T00:00:00.000Z".len() && time.ends_with('Z'), "{time}");
     }
     records
+}
+
+/// Panics if a record is missing that the last one does not own up to: statuses make room for newer ones.
+#[track_caller]
+pub fn assert_none_is_lost(records: &[Value]) {
+    let seqs: Vec<u64> = records.iter().map(|record| record["seq"].as_u64().unwrap()).collect();
+    let last = records.last().unwrap();
+    let missing = seqs[seqs.len() - 1] + 1 - seqs.len() as u64;
+    assert!(seqs.is_sorted_by(|one, next| one < next), "{seqs:?}");
+    assert_eq!((&last["status_dropped"], &last["events_dropped"]), (&missing.into(), &0.into()), "{seqs:?}: {last}");
+}
+
+/// The first record of this type; a slow run has told of its status before.
+#[track_caller]
+pub fn first<'a>(records: &'a [Value], message_type: &str) -> &'a Value {
+    records.iter().find(|record| record["message_type"] == message_type).expect(message_type)
 }
 
 /// Waits for something that has no event.

@@ -1,6 +1,6 @@
 //! Bad arguments: exit 2, one line with a hint, nothing touched. Help and version: standard output.
 
-use crate::kit::{Bench, code, records};
+use crate::kit::{Bench, code, first, records};
 use std::fs;
 
 #[test]
@@ -121,7 +121,7 @@ fn options_may_come_from_the_environment() {
     let output = command.output().unwrap();
     assert_eq!(code(output.status), 0, "{}", String::from_utf8_lossy(&output.stderr));
     let records = records(&output.stdout);
-    assert_eq!(records[0]["speed_limit"], 1 << 30);
+    assert_eq!(first(&records, "start")["speed_limit"], 1 << 30);
     assert_eq!(records.last().unwrap()["durable"], true, "a flag that is off is not given");
     bench.assert_copied("out.raw");
     assert_eq!(bench.leftovers(), ["out.raw"], "what is on the command line counts");
