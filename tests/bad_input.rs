@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use support::bytes::{disk, identical, noise, read};
+use support::bytes::{allocated_now, disk, identical, noise, read};
 use support::cost::cost;
 use support::{
     BINARY, Ended, LoopDevice, Mount, Running, code, copy, drive_backup, fingerprint, folder, names, piped, qemu_img,
@@ -487,7 +487,8 @@ fn two_instances_on_one_target() {
     let target = lab.path("out/copy.raw");
     std::fs::write(&target, "old").unwrap();
     let first = Running::drive_backup(&["--device", text(&big), "--target", text(&target), "--speed", "256K"]);
-    wait_for("the first one's partial file", || (names(&lab.path("out")).len() == 2).then_some(()));
+    let partial = lab.path("out/.copy.raw.drive-backup-partial");
+    wait_for("the first bytes of its copy", || (allocated_now(&partial) > 0).then_some(()));
     copy(&lab.path("disk.raw"), &target, &[]).fails(8, "another");
     assert!(names(&lab.path("out")).len() == 2, "the first one's partial file is gone");
     assert_eq!(read(&target), b"old");

@@ -3,9 +3,10 @@
 #[path = "support/mod.rs"]
 mod support;
 
-use std::os::unix::fs::MetadataExt;
+use nix::sys::signal::Signal;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use support::bytes::{allocated, allocated_now};
 use support::*;
 
 const MIB: u64 = 1 << 20;
@@ -57,10 +58,6 @@ fn qemu_nbd(folder: &Path, name: &str, arguments: &str) -> Server {
     let shared = ["-t", "-e", "16", "-k", text(&socket)];
     command.current_dir(folder).args(shared).args(arguments.split_whitespace());
     serve(command, &socket)
-}
-
-fn allocated(path: &Path) -> u64 {
-    path.metadata().unwrap().blocks() * 512
 }
 
 #[track_caller]
@@ -272,12 +269,12 @@ fn a_flush_that_fails_is_a_failure() {
     assert!(ended.code == 0 && records.contains(r#""durable":false"#), "{ended:?}");
 }
 
-/// Runs a backup at a pace that leaves time to kill its server, and kills it once bytes have moved.
-fn with_server_killed(server: Server, arguments: &[&str], moved: impl Fn() -> bool, then: impl FnOnce()) -> Ended {
+/// Runs a backup at a pace that leaves time to kill its server, and kills it once bytes are in the file `moved`.
+fn with_server_killed(server: Server, arguments: &[&str], moved: &Path, then: impl FnOnce(&Running)) -> Ended {
     let running = Running::start(&mut piped(command(arguments)));
-    wait_for("bytes that moved", || moved().then_some(()));
+    wait_for("bytes that moved", || (allocated_now(moved) > MIB / 2).then_some(()));
     drop(server);
-    then();
+    then(&running);
     running.ended()
 }
 
@@ -287,13 +284,13 @@ fn a_server_that_is_gone_ends_the_copy_on_its_side_within_the_bound() {
     let at = |name: &str| folder.path().join(name);
     std::fs::write(at("disk.raw"), bytes::noise(1, 8 * MIB as usize)).unwrap();
     sparse_file(&at("target.raw"), 8 * MIB);
-    let pace = ["--speed", "8M", "--reconnect-delay", "0.3"];
+    let pace = ["--speed", "1M", "--reconnect-delay", "0.3"];
 
     let server = nbdkit(folder.path(), "s", "-r file disk.raw");
     let (uri, copy) = (server.uri(), at("copy"));
     let arguments = [&["--device", &uri, "--target", text(&copy)][..], &pace].concat();
     let partial = at(".copy.drive-backup-partial");
-    let ended = with_server_killed(server, &arguments, || partial.exists() && allocated(&partial) > MIB, || {});
+    let ended = with_server_killed(server, &arguments, &partial, |_| {});
     ended.fails(4, "not reconnected within 0.3 s");
     assert!(ended.stderr.contains("read source at 0x") && !copy.exists(), "{ended:?}");
 
@@ -301,7 +298,7 @@ fn a_server_that_is_gone_ends_the_copy_on_its_side_within_the_bound() {
     let (uri, disk) = (server.uri(), at("disk.raw"));
     let arguments = [&["--device", text(&disk), "--target", &uri][..], &pace].concat();
     let target = at("target.raw");
-    let ended = with_server_killed(server, &arguments, || allocated(&target) > MIB, || {});
+    let ended = with_server_killed(server, &arguments, &target, |_| {});
     ended.fails(5, "not reconnected within 0.3 s");
     assert!(
         ended.stderr.contains("write target at 0x") && ended.stderr.contains("is INCOMPLETE, do not use it"),
@@ -318,10 +315,13 @@ fn a_server_that_comes_back_is_gone_on_with() {
 
     let server = nbdkit(folder.path(), "s", "-r file disk.raw");
     let (uri, copy) = (server.uri(), at("copy"));
-    let arguments = ["--device", &uri, "--target", text(&copy), "--speed", "8M"];
+    let arguments = ["--device", &uri, "--target", text(&copy), "--speed", "1M"];
     let partial = at(".copy.drive-backup-partial");
-    let again = || drop(restarted.replace(Some(nbdkit(folder.path(), "s", "-r file disk.raw"))));
-    with_server_killed(server, &arguments, || partial.exists() && allocated(&partial) > MIB, again).succeeds();
+    let again = |backup: &Running| {
+        restarted.replace(Some(nbdkit(folder.path(), "s", "-r file disk.raw")));
+        backup.signal(Signal::SIGUSR2);
+    };
+    with_server_killed(server, &arguments, &partial, again).succeeds_unlimited();
     same_bytes(&copy, &at("disk.raw"));
 
     // The one that comes back has lost everything that nobody flushed: a new, empty file.
@@ -329,13 +329,14 @@ fn a_server_that_comes_back_is_gone_on_with() {
     let (target, disk) = (at("target.raw"), at("disk.raw"));
     let server = nbdkit(folder.path(), "t", "file target.raw");
     let uri = server.uri();
-    let arguments = ["--device", text(&disk), "--target", &uri, "--speed", "8M"];
-    let lose = || {
+    let arguments = ["--device", text(&disk), "--target", &uri, "--speed", "1M"];
+    let lose = |backup: &Running| {
         sparse_file(&target, 0);
         sparse_file(&target, 8 * MIB);
-        drop(restarted.replace(Some(nbdkit(folder.path(), "t", "file target.raw"))));
+        restarted.replace(Some(nbdkit(folder.path(), "t", "file target.raw")));
+        backup.signal(Signal::SIGUSR2);
     };
-    with_server_killed(server, &arguments, || allocated(&target) > MIB, lose).succeeds();
+    with_server_killed(server, &arguments, &target, lose).succeeds_unlimited();
     same_bytes(&target, &disk);
 
     // Without flushes nothing is kept: what may be lost must not be called good.
@@ -344,9 +345,9 @@ fn a_server_that_comes_back_is_gone_on_with() {
     sparse_file(&target, 8 * MIB);
     let server = nbdkit(folder.path(), "u", "file target.raw");
     let uri = server.uri();
-    let arguments = ["--device", text(&disk), "--target", &uri, "--speed", "8M", "--no-fsync"];
-    let again = || drop(restarted.replace(Some(nbdkit(folder.path(), "u", "file target.raw"))));
-    with_server_killed(server, &arguments, || allocated(&target) > MIB, again)
+    let arguments = ["--device", text(&disk), "--target", &uri, "--speed", "1M", "--no-fsync"];
+    let again = |_: &Running| drop(restarted.replace(Some(nbdkit(folder.path(), "u", "file target.raw"))));
+    with_server_killed(server, &arguments, &target, again)
         .fails(5, "the connection was lost after writes that no flush covers");
 }
 
@@ -378,7 +379,7 @@ fn interrupted_when_stalled(device: &str, target: &str, moved: impl Fn() -> bool
         |line: &String| line.contains(r#""seconds_stalled":"#) && !line.contains(r#""seconds_stalled":0"#);
     records.by_ref().lines().map(Result::unwrap).find(has_stalled).expect("it stalls");
     let began = std::time::Instant::now();
-    running.signal(nix::sys::signal::Signal::SIGINT);
+    running.signal(Signal::SIGINT);
     let ended = running.ended();
     assert_eq!(ended.code, 130, "{ended:?}");
     assert!(began.elapsed() < PATIENCE / 3, "{:?}", began.elapsed());
@@ -393,7 +394,7 @@ fn an_interrupt_ends_the_wait_for_a_server_that_stands_still_or_is_gone() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (server, stop) = nbdkit_with_pause(folder.path(), "s", "-r file disk.raw");
-            let moved = || partial.exists() && allocated(&partial) > MIB;
+            let moved = || allocated_now(&partial) > MIB;
             interrupted_when_stalled(&server.uri(), text(&at("copy")), moved, stop);
             assert!(!partial.exists() && !at("copy").exists());
         });
