@@ -5,6 +5,7 @@ use expectrl::process::unix::WaitStatus;
 use expectrl::session::OsSession;
 use expectrl::{ControlCode, Eof, Expect, Regex, Session};
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 const GREEN_OR_SO: &str = "\u{1b}[36m";
@@ -87,12 +88,13 @@ fn two_bars_show_both_disks_and_draw_no_more_than_one() {
 #[test]
 fn while_the_flush_runs_it_says_so_and_never_100_percent() {
     let bench = Bench::new();
-    let calls = "fsync,fdatasync,syncfs";
-    let (trace, inject) = (format!("trace={calls}"), format!("inject={calls}:delay_enter=1500000"));
-    let flags = ["-f", "-o", "/dev/null", "-e", &trace, "-e", &inject, BINARY];
-    let flags = [&flags[..], &["--device", "disk.raw", "--target", "out.raw"]].concat();
-    let mut terminal = on_terminal(&bench, "strace", &flags, false);
-    let shown = until(&mut terminal, "flushing 16\\.0 MiB to stable storage, 0:01");
+    // It is held before its flush as long as this exists: see `src/hold.rs`.
+    let hold = UnixListener::bind(bench.path("hold")).unwrap();
+    let variable = format!("DRIVE_BACKUP_HOLD=Flushing:{}", bench.path("hold").display());
+    let flags = [&variable, BINARY, "--device", "disk.raw", "--target", "out.raw"];
+    let mut terminal = on_terminal(&bench, "env", &flags, false);
+    let shown = until(&mut terminal, "flushing 16\\.0 MiB to stable storage, 0:[0-5][1-9]");
+    drop(hold);
     let shown = shown + &until(&mut terminal, "drive-backup: complete");
     assert!(!shown.contains("100"), "{shown:?}");
     assert!(matches!(wait(&terminal), WaitStatus::Exited(_, 0)));
