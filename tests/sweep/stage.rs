@@ -24,6 +24,11 @@ const SHORT_BOUND: u64 = 1;
 const SLACK: Duration = Duration::from_secs(4);
 const _: () = assert!(inject::TOO_LATE > SHORT_BOUND * 1000 + SLACK.as_millis() as u64);
 
+/// So slow that writes come before the copier.
+const SPEED: &str = "2M";
+/// After so many signals there is no limit any more.
+const STORM: u64 = 100;
+
 /// How the command is called, and beside whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Setup {
@@ -183,7 +188,8 @@ impl Stage {
         Place::ALL.into_iter().filter(is_there).collect()
     }
 
-    fn arguments(&self, policy: Policy, bound: u64, json: bool) -> Vec<String> {
+    /// Beside a writer the copy has this `speed`.
+    fn arguments(&self, speed: &str, policy: Policy, bound: u64, json: bool) -> Vec<String> {
         let (disk, target, meet) = (self.path("disk"), self.target(), self.path("meet"));
         let (overlay, manifest, bound) = (self.path("overlay"), self.manifest(), bound.to_string());
         let mut arguments = vec!["--device", text(&disk), "--target", text(&target), "--writer-dir", text(&meet)];
@@ -199,7 +205,7 @@ impl Stage {
         ]);
         arguments.extend(["--overlay", if self.setup == Setup::LiveMemory { "memory" } else { text(&overlay) }]);
         if self.setup.is_live() {
-            arguments.extend(["--snapshot", "overlay", "--speed", "2M"]);
+            arguments.extend(["--snapshot", "overlay", "--speed", speed]);
         }
         arguments.extend(self.setup.flags().iter().chain(policy.flags()));
         if self.setup.format() == Format::Qcow2 {
@@ -223,7 +229,7 @@ impl Stage {
         self.reset();
         let typist = self.typist();
         let _ = std::fs::remove_file(self.path("trace"));
-        let arguments = self.arguments(Policy::Default, BOUND, false);
+        let arguments = self.arguments(SPEED, Policy::Default, BOUND, false);
         let mut prepared = library.command(&arguments, self.folder.path()).tracing();
         Running::start(&mut prepared.command).ended().succeeds();
         drop(typist);
@@ -266,7 +272,7 @@ impl Stage {
         let typist = self.typist();
         let before = typist.as_ref().map(Typist::written);
         let bound = if case.fault == Fault::TooLate { SHORT_BOUND } else { BOUND };
-        let arguments = self.arguments(case.policy, bound, case.json);
+        let arguments = self.arguments(SPEED, case.policy, bound, case.json);
         let prepared = library.command(&arguments, self.folder.path());
         let calls = self.calls(case.place, case.call).expect("a place of this setup");
         let mut prepared = prepared.with(&calls, case.fault, case.when);
@@ -287,7 +293,7 @@ impl Stage {
         self.reset();
         let typist = self.typist();
         let before = typist.as_ref().map(Typist::written);
-        let arguments = self.arguments(Policy::Default, BOUND, true);
+        let arguments = self.arguments("64K", Policy::Default, BOUND, true);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let mut running = Running::drive_backup(&arguments);
         let mut lines = BufReader::new(running.child().stdout.take().unwrap()).lines().map(Result::unwrap);
@@ -298,6 +304,9 @@ impl Stage {
         while !running.has_ended() {
             running.signal(signal);
             sent += 1;
+            if sent == STORM {
+                running.signal(Signal::SIGUSR2);
+            }
             std::thread::yield_now();
         }
         let ended = running.ended();
