@@ -526,8 +526,10 @@ fn somebody_else(scene: &Scene, role: &str) -> Command {
         open(&entry.unwrap().path(), 0o777);
     }
     let program = scene.temp.path().join("program");
-    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
-    open(&program, 0o755);
+    // Written by another process: what others fork here could have it open, and it would be busy.
+    let mut install = Command::new("install");
+    install.args(["-m", "755"]).arg(std::env::current_exe().unwrap()).arg(&program);
+    assert!(install.status().unwrap().success());
     let mut command = Command::new(&program);
     command.args(["--exact", "another_process_plays_its_role", "--nocapture"]).env(ROLE, role);
     command.current_dir(scene.temp.path()).uid(65534).gid(65534);

@@ -332,9 +332,9 @@ fn a_stopped_child_holds_no_one_up_and_none_is_left_behind() {
 /// An executable of that name in the folder `tools`.
 fn tool(bench: &Bench, name: &str, script: &str) {
     fs::create_dir_all(bench.at("tools")).unwrap();
-    let path = bench.at("tools").join(name);
-    fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    // Written by another process: what others fork here could have it open, and it would be busy.
+    let write = r#"printf '#!/bin/sh\n%s\n' "$1" > "$0" && chmod 755 "$0""#;
+    run("sh", &["-c", write, text(&bench.at("tools").join(name)), script]);
 }
 
 #[test]
