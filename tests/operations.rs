@@ -44,8 +44,10 @@ fn script(folder: &Path) -> String {
         script += &format!("{block}\n");
     }
     for line in blocks("cron").iter().flat_map(|block| block.lines()) {
-        // The one that takes until the morning is told to hurry.
-        script += &format!("timeout --foreground --preserve-status -s USR2 1 bash -c '{}'\n", command_of(line));
+        // The one that takes until the morning is told to hurry, when it has begun to copy.
+        script += &format!("bash -c '{}' &\n", command_of(line));
+        script += "until compgen -G '/backup/.*-partial' > /dev/null || ! kill -0 $!; do sleep 0.1; done\n";
+        script += "kill -USR2 $! || true\nwait $!\n";
     }
     script += "qemu-img compare /var/lib/vm/disk.qcow2 /backup/disk.qcow2\n";
     script += "cmp /mnt/xfs/disk.raw /backup/from-clone.raw\n";
@@ -60,7 +62,7 @@ fn every_recipe_runs_as_written() {
     let path = folder.path().join("recipes.sh");
     fs::write(&path, script(folder.path())).unwrap();
     let mut shell = Command::new("unshare");
-    shell.args(["--mount", "timeout", "120", "bash"]).arg(&path).env_remove("DRIVE_BACKUP_DIR");
+    shell.args(["--mount", "timeout", "600", "bash"]).arg(&path).env_remove("DRIVE_BACKUP_DIR");
     let output = shell.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 fn a_timeout_ends_it_with_status_10_and_leaves_the_old_copy() {
     let bench = Bench::new();
     fs::write(bench.path("out.raw"), "the old copy").unwrap();
-    let output = bench.backup().args(["--speed", "128K", "--timeout", "0.5", "--json"]).output().unwrap();
+    let output = bench.backup().args(["--speed", "128K", "--timeout", "2", "--json"]).output().unwrap();
     assert_eq!(code(output.status), 10);
     let last = records(&output.stdout).pop().unwrap();
     assert_eq!((&last["exit_code"], &last["reason"]), (&10.into(), &"deadline".into()));

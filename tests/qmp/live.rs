@@ -99,7 +99,7 @@ fn a_transaction_copies_disks_that_are_written_as_of_one_instant_and_completes_t
         };
         let before = written.load(Relaxed);
         let grouped = json!({"completion-mode": "grouped"});
-        client.does("transaction", json!({"actions": [action("d0", 0), action("d1", 1 << 20)], "properties": grouped}));
+        client.does("transaction", json!({"actions": [action("d0", 0), action("d1", 1)], "properties": grouped}));
         let after = written.load(Relaxed);
         // The one is ready long before the other, and waits.
         wait_for("the first", || (status_of(&mut client, "d0") == "waiting").then_some(()));
