@@ -3,12 +3,17 @@
 use crate::kit;
 use crate::support::{self, Ended, Mount, Running, command, text};
 use crate::trail::{self, BLOCK, BLOCKS, Typist};
+use nix::sys::signal::Signal;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
+/// A copy takes eight seconds, if it is let.
+const SLOW: &str = "64K";
+/// And two, from the beginning to the end.
+const SLOWISH: &str = "256K";
 
 struct Scene {
     folder: tempfile::TempDir,
@@ -34,15 +39,24 @@ impl Scene {
         fixed.iter().chain(&bounds).chain(more).map(ToString::to_string).collect()
     }
 
-    /// Slowly, so that writes come before the copier.
-    fn back_up(&self, more: &[&str]) -> Ended {
-        self.back_up_to(&self.path("copy"), "1M", more)
-    }
-
-    fn back_up_to(&self, target: &Path, speed: &str, more: &[&str]) -> Ended {
+    fn start(&self, target: &Path, speed: &str, more: &[&str]) -> Running {
         let arguments = self.arguments(text(target), &[&["--speed", speed], more].concat());
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        Running::start(&mut command(&arguments)).ended()
+        Running::start(&mut command(&arguments))
+    }
+
+    /// Slowly, so that writes come before the copier.
+    fn back_up(&self, more: &[&str]) -> Ended {
+        self.start(&self.path("copy"), SLOW, more).ended()
+    }
+
+    /// Slowly until a write has failed.
+    fn back_up_and_fail_writes(&self, more: &[&str]) -> Ended {
+        let policy = ["--on-cbw-error", "break-guest-write"];
+        let backup = self.start(&self.path("copy"), SLOW, &[&policy, more].concat());
+        support::wait_for("a write that fails", || (!self.typist.failures().is_empty()).then_some(()));
+        backup.signal(Signal::SIGUSR2);
+        backup.ended()
     }
 
     /// The backup failed for the overlay; the writer did not.
@@ -87,9 +101,8 @@ fn a_full_overlay_breaks_the_backup_and_no_write() {
 #[test]
 fn a_full_overlay_fails_writes_where_that_is_asked_for() {
     let scene = Scene::new();
-    let policy = ["--overlay", "memory", "--overlay-limit", "12K", "--on-cbw-error", "break-guest-write", "--json"];
-    let ended = scene.back_up(&policy);
-    ended.succeeds();
+    let ended = scene.back_up_and_fail_writes(&["--overlay", "memory", "--overlay-limit", "12K", "--json"]);
+    ended.succeeds_unlimited();
     scene.is_kept(&std::fs::read(scene.path("copy")).unwrap(), ENOSPC);
     assert_eq!(last_number(&ended, "overlay", "limit"), Some(12288.0));
     assert_eq!(last_number(&ended, "overlay", "used"), Some(0.0), "everything is on the target");
@@ -103,7 +116,7 @@ fn a_full_overlay_fails_writes_where_that_is_asked_for() {
 #[test]
 fn an_overlay_without_limit_counts_what_it_holds() {
     let scene = Scene::new();
-    let ended = scene.back_up(&["--overlay", "memory", "--json"]);
+    let ended = scene.start(&scene.path("copy"), SLOWISH, &["--overlay", "memory", "--json"]).ended();
     ended.succeeds();
     trail::check(&std::fs::read(scene.path("copy")).unwrap());
     scene.writer_is_well();
@@ -159,7 +172,7 @@ fn a_full_file_system_breaks_the_backup_and_no_write() {
 fn a_full_file_system_fails_writes_where_that_is_asked_for() {
     let scene = Scene::new();
     let small = Mount::tmpfs(32 << 10);
-    scene.back_up(&["--overlay", text(small.path()), "--on-cbw-error", "break-guest-write"]).succeeds();
+    scene.back_up_and_fail_writes(&["--overlay", text(small.path())]).succeeds_unlimited();
     scene.is_kept(&std::fs::read(scene.path("copy")).unwrap(), ENOSPC);
 }
 
@@ -174,7 +187,7 @@ fn on_one_small_file_system(speed: &str, old: Option<&[u8]>) -> Vec<String> {
     if let Some(old) = old {
         std::fs::write(&target, old).unwrap();
     }
-    let ended = scene.back_up_to(&target, speed, &["--overlay", text(small.path())]);
+    let ended = scene.start(&target, speed, &["--overlay", text(small.path())]).ended();
     let (of_target, of_overlay) = (ended.stderr.contains("write target"), ended.stderr.contains("overlay"));
     match ended.code {
         5 => assert!(of_target && !of_overlay, "{ended:?}"),
@@ -211,11 +224,13 @@ fn a_file_system_that_is_full_of_target_and_overlay_keeps_the_old_target() {
 }
 
 /// A stream is written by other calls, so that all these fail on the overlay.
-fn with_failing_overlay(scene: &Scene, more: &[&str]) -> Ended {
+fn with_failing_overlay(scene: &Scene, speed: &str, more: &[&str]) -> Ended {
     let mut strace = Command::new("strace");
     let log = scene.path("log");
     strace.args(["-f", "-qq", "-o", text(&log), "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=EIO:when=3+"]);
-    strace.arg(support::BINARY).args(scene.arguments("-", &[&["--speed", "1M", "--overlay", "memory"], more].concat()));
+    strace
+        .arg(support::BINARY)
+        .args(scene.arguments("-", &[&["--speed", speed, "--overlay", "memory"], more].concat()));
     let ended = Running::start(&mut support::piped(strace)).ended();
     assert!(std::fs::read_to_string(&log).unwrap().contains("INJECTED"));
     std::fs::remove_file(log).unwrap();
@@ -225,14 +240,14 @@ fn with_failing_overlay(scene: &Scene, more: &[&str]) -> Ended {
 #[test]
 fn an_overlay_that_fails_breaks_the_backup_and_no_write() {
     let scene = Scene::new();
-    let ended = with_failing_overlay(&scene, &[]);
+    let ended = with_failing_overlay(&scene, SLOW, &[]);
     scene.is_lost(&ended, "Input/output error");
 }
 
 #[test]
 fn an_overlay_that_fails_fails_writes_where_that_is_asked_for() {
     let scene = Scene::new();
-    let ended = with_failing_overlay(&scene, &["--on-cbw-error", "break-guest-write"]);
+    let ended = with_failing_overlay(&scene, SLOWISH, &["--on-cbw-error", "break-guest-write"]);
     ended.succeeds();
     scene.is_kept(&ended.stdout, EIO);
 }
