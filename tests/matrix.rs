@@ -565,7 +565,7 @@ fn sixteen_tebibytes_with_little_data_take_little_time_and_memory() {
             let (ended, peak) = measured(&[&["--device", text(source), "--target", text(&target)], flags].concat());
             ended.succeeds();
             // Both are far from the limits where they are right, and far beyond where holes are read.
-            assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
+            assert!(started.elapsed().as_secs() < 60, "{:?}", started.elapsed());
             assert!(peak < 128 << 20, "{peak} bytes at {format} to {extension} {flags:?}");
             same((format, source), (extension, &target));
             std::fs::remove_file(&target).unwrap();

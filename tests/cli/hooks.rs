@@ -182,7 +182,9 @@ fn nobody_writes_while_the_frozen_one_runs() {
         wait_until("a write", || fs::metadata(&path).is_ok_and(|written| written.len() == 8));
         let mut command = bench.backup();
         let hook = "cp written first; sleep 0.3; cmp written first && touch still";
-        command.args(["--hook-frozen", hook, "--writer", "required", "--writer-dir"]).arg(&meet);
+        command
+            .args(["--hook-frozen", hook, "--freeze-timeout", "60", "--writer", "required", "--writer-dir"])
+            .arg(&meet);
         let output = command.output().unwrap();
         is_over.store(true, SeqCst);
         assert_eq!(code(output.status), 0, "{}", String::from_utf8_lossy(&output.stderr));

@@ -47,7 +47,7 @@ fn under_the_journal(named: bool, flags: &[&str]) -> String {
 
 #[test]
 fn the_journal_gets_plain_lines_and_a_final_one() {
-    let text = under_the_journal(true, &["--speed", "16M", "--progress-interval", "0.2"]);
+    let text = under_the_journal(true, &["--speed", "8M", "--progress-interval", "0.2"]);
     assert!(text.lines().all(|line| line.starts_with("<6>")), "information: {text}");
     assert!(text.lines().any(|line| line.contains(" %, ") && line.contains("of 16.0 MiB")), "{text}");
     assert!(text.lines().last().unwrap().starts_with("<6>complete: 16.0 MiB"), "{text}");
