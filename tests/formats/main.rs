@@ -337,26 +337,34 @@ fn tool(bench: &Bench, name: &str, script: &str) {
     run("sh", &["-c", write, text(&bench.at("tools").join(name)), script]);
 }
 
+/// Interrupts one whose tool stands still. Did it come back before it was given up?
+fn ends_with_its_tool(hanging: &str, target: &str) -> bool {
+    let bench = Bench::new();
+    tool(&bench, "qemu-nbd", "echo 'x: No such file or directory' >&2; exit 1");
+    tool(&bench, hanging, &format!("echo $$ >{}; exec sleep 60", text(&bench.at("pid"))));
+    let mut command = bench.command("disk.raw", target, &[]);
+    let running = Running::start(command.env("PATH", bench.path()));
+    let line = wait_for("the tool", || fs::read_to_string(bench.at("pid")).ok().filter(|line| line.ends_with('\n')));
+    running.signal(Signal::SIGINT);
+    let ended = running.ended();
+    println!("{ended:?}");
+    assert_eq!(ended.code, 130, "{ended:?}");
+    if ended.stderr.contains("hangs") {
+        return false;
+    }
+    is_gone(Pid::from_raw(line.trim().parse().unwrap())).expect("its tool has ended before it");
+    assert_eq!(names(&bench.at("tmp")), [""; 0]);
+    assert_eq!(names(bench.folder.path()), ["disk.raw", "pid", "tmp", "tools"]);
+    true
+}
+
+/// A busy machine may give it up too early, but not each time.
 #[test]
 fn an_interrupt_ends_the_wait_for_a_tool_that_stands_still() {
-    let bench = Bench::new();
-    let stands_still = format!("echo $$ >{}; exec sleep 60", text(&bench.at("pid")));
     for (hanging, target) in
         [("qemu-img", "ssh://localhost/x"), ("qemu-nbd", "ssh://localhost/x"), ("qemu-img", "x.vmdk")]
     {
-        tool(&bench, "qemu-nbd", "echo 'x: No such file or directory' >&2; exit 1");
-        tool(&bench, hanging, &stands_still);
-        let mut command = bench.command("disk.raw", target, &[]);
-        let running = Running::start(command.env("PATH", bench.path()));
-        let line =
-            wait_for("the tool", || fs::read_to_string(bench.at("pid")).ok().filter(|line| line.ends_with('\n')));
-        running.signal(Signal::SIGINT);
-        let ended = running.ended();
-        assert_eq!((ended.code, ended.stderr.contains("hangs")), (130, false), "{ended:?}");
-        is_gone(Pid::from_raw(line.trim().parse().unwrap())).expect("its tool has ended before it");
-        fs::remove_file(bench.at("pid")).unwrap();
-        assert_eq!(names(&bench.at("tmp")), [""; 0]);
-        assert_eq!(names(bench.folder.path()), ["disk.raw", "tmp", "tools"]);
+        assert!((0..5).any(|_| ends_with_its_tool(hanging, target)), "{hanging} for {target}");
     }
 }
 
