@@ -93,14 +93,14 @@ impl Vigil {
     }
 
     /// The first file that changed in a way that nobody was trapped for, and what is different; `now` is how all looked after
-    /// the last read, and no writer may come any more. Asked once.
+    /// the last read.
     pub fn change(&self, now: &Look) -> Result<Option<(&Path, String)>> {
         let mut quiet = self.quiet();
         let mut changed = quiet.changed.take().transpose()?;
-        if changed.is_none()
-            && let Some(since) = quiet.since.take()
-        {
-            changed = self.image_changed(&since?, now);
+        quiet.changed = changed.clone().map(Ok);
+        if let Some(since) = quiet.since.take().transpose()? {
+            changed = changed.or_else(|| self.image_changed(&since, now));
+            quiet.since = Some(Ok(since));
         }
         let backing = || {
             self.watched.iter().zip(now).enumerate().find_map(|(place, (watched, now))| {

@@ -219,7 +219,7 @@ fn what_a_script_has_open_is_no_file_of_an_image() {
     let bench = Bench::new();
     qemu_img("convert -f raw -O vmdk", &[&bench.at("disk.raw"), &bench.at("disk.vmdk")]);
     let copy = format!("{} --device disk.vmdk --target copy.raw --writer-dir meet", support::BINARY);
-    let script = format!("exec 9>>open; rm open; echo more >&9; exec {copy}");
+    let script = format!("exec 9>>open; rm open; touch copy.raw; exec {copy}");
     let mut shell = Command::new("sh");
     shell.args(["-c", &script]).env("TMPDIR", bench.at("tmp")).current_dir(bench.folder.path());
     Ended::of(shell.output().unwrap()).succeeds();

@@ -67,7 +67,7 @@ static const struct call {
 	{SYS_write, BYTES, "write"},
 	{SYS_ftruncate, DESCRIPTOR, "resize"},
 	{SYS_fallocate, DESCRIPTOR, "fallocate"},
-	{SYS_fsync, DESCRIPTOR, "flush"},
+	{SYS_fsync, DESCRIPTOR, "sync"},
 	{SYS_fdatasync, DESCRIPTOR, "flush"},
 	{SYS_sync_file_range, DESCRIPTOR, "write-back"},
 	{SYS_lseek, DESCRIPTOR, "seek"},

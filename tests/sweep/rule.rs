@@ -185,7 +185,7 @@ pub fn promised(place: Place, call: &str, fault: Fault, policy: Policy) -> Promi
             _ => ends(5, Name::Incomplete),
         },
         // What could not be opened was not touched.
-        (Place::Existing, "open" | "duplicate" | "look" | "lock-look") => TARGET_FAILED,
+        (Place::Existing, "open" | "duplicate" | "look" | "lock-look" | "flush" | "advice") => TARGET_FAILED,
         (Place::Existing, _) => ends(5, Name::Incomplete),
         (Place::Target, "write") => match policy {
             Policy::TargetIgnore => ends(3, Name::CopyBut),
@@ -202,7 +202,7 @@ pub fn promised(place: Place, call: &str, fault: Fault, policy: Policy) -> Promi
         (Place::ReadBack, "seek") => COMPLETE,
         (Place::ReadBack, _) => DIFFERS,
         // By then the copy has its name.
-        (Place::Manifest, "rename") | (Place::ManifestFolder, "flush") => ends(5, Name::CopyAlone),
+        (Place::Manifest, "rename") | (Place::ManifestFolder, "sync") => ends(5, Name::CopyAlone),
         (Place::Manifest | Place::ManifestFolder, _) => TARGET_FAILED,
         // Another folder may do; nothing was touched.
         (Place::Overlay | Place::Memory, "open" | "create" | "resize") => REFUSED_BY_ARGUMENTS,
