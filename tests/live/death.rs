@@ -1,7 +1,7 @@
 //! Backups and writers that are killed, stopped and continued at random moments, as processes. The writer always goes
 //! on within its bound; a target that is there is the disk of one instant.
 
-use crate::kit::{self, Random};
+use crate::kit::{self, HANGS, Random};
 use crate::support::{self, Running, text};
 use crate::trail::{self, Typist};
 use drive_backup::writer::Writer;
@@ -14,6 +14,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 const ROLE: &str = "DRIVE_BACKUP_TEST_ROLE";
+/// The writer writes nothing as long as a file of that name is there.
+const PAUSE: &str = "pause";
 /// Runs that one writer lives through, if it is not the one that is killed.
 const LIFE: u64 = 10;
 /// A machine under load may be late by so much.
@@ -31,13 +33,16 @@ fn start_writer(folder: &Path) -> Running {
     Running::start(writer.stdin(Stdio::null()).stdout(Stdio::null()))
 }
 
-/// The writer's process: for ever.
+/// The writer's process: for ever, but for its pauses.
 fn write_for_ever() -> ! {
     let disk = OpenOptions::new().read(true).write(true).open("disk").unwrap();
     let progress = OpenOptions::new().write(true).create(true).truncate(false).open("progress").unwrap();
     let mut number = trail::last(&disk);
     let writer = Writer::open_in("disk", "meet").unwrap();
     loop {
+        while Path::new(PAUSE).exists() {
+            std::thread::yield_now();
+        }
         number += 1;
         trail::write(&writer, &disk, number).unwrap();
         progress.write_all_at(&number.to_le_bytes(), 0).unwrap();
@@ -191,11 +196,9 @@ fn whoever_dies_or_stops_the_writer_goes_on_and_no_torn_copy_is_published() {
 
 #[test]
 fn a_backup_that_is_stopped_past_its_bound_fails_when_it_wakes() {
-    let mut scene = Scene::new();
-    scene.writer.signal(Signal::SIGKILL);
-    scene.writer.child().wait().unwrap();
-    // One that writes nothing before the stop: what was saved by then could be all there is.
-    let writer = Writer::open_in(scene.path("disk"), scene.path("meet")).unwrap();
+    let scene = Scene::new();
+    // Nobody writes before the stop: what was saved by then could be all there is.
+    File::create(scene.path(PAUSE)).unwrap();
     let slow = ["--speed", "64K", "--cbw-timeout", "0.2", "--freeze-timeout", "60", "--json"];
     let mut backup = scene.start_backup(&slow);
     let mut records = BufReader::new(backup.child().stdout.take().unwrap());
@@ -203,8 +206,8 @@ fn a_backup_that_is_stopped_past_its_bound_fails_when_it_wakes() {
     assert!(line.contains(r#""instant":"frozen""#), "{line}");
     backup.signal(Signal::SIGSTOP);
     // All blocks: some of them can't have been saved.
-    let typist = Typist::with(writer, &scene.path("disk"));
-    typist.goes_on(3000);
+    std::fs::remove_file(scene.path(PAUSE)).unwrap();
+    scene.goes_on(3000, HANGS);
     backup.signal(Signal::SIGCONT);
     // Its reader must not be gone.
     let reader = std::thread::spawn(move || records.lines().map(Result::unwrap).last());
@@ -214,7 +217,7 @@ fn a_backup_that_is_stopped_past_its_bound_fails_when_it_wakes() {
     assert!(ended.code == 6 && told, "{ended:?}");
     assert!(reader.join().unwrap().unwrap().contains(r#""reason":"instant_lost""#));
     assert_eq!(support::names(scene.folder.path()), ["disk", "meet", "progress"]);
-    typist.goes_on(100);
+    scene.goes_on(100, SLACK);
 }
 
 #[test]
