@@ -275,7 +275,7 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        drive__subcmd__backup__subcmd__ctl)
+        drive__backup__subcmd__ctl)
             opts="-h --qmp --job --writer-dir --help status speed pause resume cancel watch"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -304,7 +304,7 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        drive__subcmd__backup__subcmd__ctl__subcmd__cancel)
+        drive__backup__subcmd__ctl__subcmd__cancel)
             opts="-h --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -318,7 +318,7 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        drive__subcmd__backup__subcmd__ctl__subcmd__pause)
+        drive__backup__subcmd__ctl__subcmd__pause)
             opts="-h --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -332,7 +332,7 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        drive__subcmd__backup__subcmd__ctl__subcmd__resume)
+        drive__backup__subcmd__ctl__subcmd__resume)
             opts="-h --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -346,7 +346,7 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        drive__subcmd__backup__subcmd__ctl__subcmd__speed)
+        drive__backup__subcmd__ctl__subcmd__speed)
             opts="-h --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -360,7 +360,7 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        drive__subcmd__backup__subcmd__ctl__subcmd__status)
+        drive__backup__subcmd__ctl__subcmd__status)
             opts="-h --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -374,7 +374,7 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        drive__subcmd__backup__subcmd__ctl__subcmd__watch)
+        drive__backup__subcmd__ctl__subcmd__watch)
             opts="-h --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -388,7 +388,7 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        drive__subcmd__backup__subcmd__restore)
+        drive__backup__subcmd__restore)
             opts="-q -v -h --target --manifest --only-changed --verify --source-format --secret --target-secret --dry-run --format --mode --no-fsync --speed --workers --direct --on-source-error --on-target-error --hook-before --hook-after --hook-failed --hook-timeout --json --progress --progress-interval --quiet --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -492,7 +492,7 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        drive__subcmd__backup__subcmd__serve)
+        drive__backup__subcmd__serve)
             opts="-q -h --device --format --read-only --secret --writer-dir --nbd --tls-dir --max-connections --vhost-user --fuse --qmp --json --quiet --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -585,7 +585,7 @@ _drive__backup() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        drive__subcmd__backup__subcmd__verify)
+        drive__backup__subcmd__verify)
             opts="-q -v -h --manifest --source-format --secret --speed --workers --direct --json --progress --progress-interval --quiet --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )

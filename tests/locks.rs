@@ -200,6 +200,19 @@ fn one_target_takes_one_backup() {
 }
 
 #[test]
+fn a_device_that_is_read_only_is_refused_before_anything_is_touched() {
+    let folder = folder();
+    let [disk, file] = ["disk.raw", "file"].map(|name| folder.path().join(name));
+    [&disk, &file].iter().for_each(|path| support::sparse_file(path, 1 << 20));
+    let device = LoopDevice::over(&file, &["-r"]);
+    for more in [&["--dry-run"][..], &[]] {
+        let ended = copy(&disk, device.path(), more);
+        ended.fails(5, "the device is read-only");
+        assert!(!ended.stderr.contains("INCOMPLETE"), "{ended:?}");
+    }
+}
+
+#[test]
 fn a_device_takes_one_backup() {
     let (_folder, raw, target) = lab();
     let device = LoopDevice::over(&target, &[]);

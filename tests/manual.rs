@@ -39,6 +39,31 @@ fn bash_can_read_its_completions() {
     assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+#[test]
+fn bash_completes_flags_and_subcommands() {
+    let cases: [(&[&str], &str); 5] = [
+        (&["--tar"], "--target"),
+        (&["restore", "--tar"], "--target"),
+        (&["serve", "--read"], "--read-only"),
+        (&["ctl", "pau"], "pause"),
+        (&["ctl", "status", "--js"], "--json"),
+    ];
+    for (words, completed) in cases {
+        let (before, last) = (["drive-backup"].iter().chain(&words[..words.len() - 1]), words.last().unwrap());
+        let before: Vec<&str> = before.copied().collect();
+        let previous = before.last().unwrap();
+        let script = format!(
+            "source completions/drive-backup.bash; COMP_WORDS=({} {last}); COMP_CWORD={}; \
+             _drive__backup drive-backup {last} {previous}; echo \"${{COMPREPLY[@]}}\"",
+            before.join(" "),
+            words.len()
+        );
+        let output = Command::new("bash").args(["-c", &script]).output().unwrap();
+        let told = String::from_utf8(output.stdout).unwrap();
+        assert!(told.split_whitespace().any(|word| word == completed), "{words:?}: {told}");
+    }
+}
+
 /// As `man` shows it.
 fn rendered(page: &[u8]) -> String {
     let file = tempfile::Builder::new().suffix(".1").tempfile().unwrap();

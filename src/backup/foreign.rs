@@ -51,7 +51,9 @@ fn start(image: &Qemu, remote: &Remote) -> Result<Vec<u8>> {
 pub fn new_file(disk: Disk<'_>, format: Foreign, partial: &Path, name: &Path, length: u64) -> Result<Arc<Qemu>> {
     let terms = target_terms(disk, Some(format), name)?;
     qemu::create_file(partial, name, format, length, &terms)?;
-    Qemu::open(&Node::File { path: partial, name, format }, terms).map(Arc::new)
+    let image = Qemu::open(&Node::File { path: partial, name, format }, terms)?;
+    // What nobody has encrypted is noise when it is decrypted.
+    Ok(Arc::new(if format.is_encrypted() { image } else { image.of_zeroes() }))
 }
 
 /// An image that is there, of a disk of `length` bytes.

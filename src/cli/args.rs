@@ -47,7 +47,7 @@ pub struct Args {
     ///
     /// All or nothing until the instant is taken; from then on each copy is on its own. The other options hold for each
     /// of the disks. What no writer can be asked to stop for must not be written while the instant is taken, which is milliseconds: the
-    /// backup fails then. What is no file here is said under PLACES.
+    /// backup fails then. What is no file here is said under PLACES in the manual.
     #[arg(long, value_name = "PATH", required = true, help_heading = COPY, value_hint = ValueHint::FilePath)]
     pub device: Vec<PathBuf>,
 
@@ -81,7 +81,7 @@ pub struct Args {
 
     /// The file or block device to write, or - for a raw stream to standard output
     ///
-    /// A symbolic link is followed. What is no file here is said under PLACES. Of several disks the first --target is the
+    /// A symbolic link is followed. What is no file here is said under PLACES in the manual. Of several disks the first --target is the
     /// first --device's, and so on.
     #[arg(long, value_name = "PATH|-", required = true, help_heading = TARGET, value_hint = ValueHint::FilePath, allow_hyphen_values = false)]
     pub target: Vec<PathBuf>,

@@ -72,7 +72,9 @@ pub fn completions() -> [(&'static str, Vec<u8>); 3] {
         |(name, shell)| {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut environment::command(), "drive-backup", &mut script);
-            (name, script)
+            // The hyphen of our name is taken for that of a subcommand, in one of two places of the script.
+            let script = String::from_utf8_lossy(&script).replace("drive__subcmd__backup", "drive__backup");
+            (name, script.into_bytes())
         },
     )
 }

@@ -101,7 +101,7 @@ impl Format {
 
     /// What the extension of a file's name says.
     pub fn of_extension(path: &Path) -> Option<Self> {
-        Some(match path.extension()?.to_str()? {
+        Some(match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
             "raw" | "img" => Self::Raw,
             "qcow2" => Self::Qcow2,
             "vmdk" => Self::Foreign(Foreign::Vmdk),

@@ -1,7 +1,7 @@
 //! What a path leads to: a regular file or a block device. Anything else is refused before it is opened.
 
 use crate::error::{Error, Kind, Result, Side};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, major, minor};
 use rustix::io::retry_on_intr;
 use std::fs::{File, FileType, Metadata};
 use std::io;
@@ -71,8 +71,12 @@ impl Medium {
 /// [`Kind::Busy`] for writing.
 pub fn open(path: &Path, access: Access, side: Side) -> Result<(File, Medium)> {
     let refuse = |e| Error::file(side, "open", path, e);
-    let file_type = std::fs::metadata(path).map_err(refuse)?.file_type();
+    let metadata = std::fs::metadata(path).map_err(refuse)?;
+    let file_type = metadata.file_type();
     check_type(file_type).map_err(refuse)?;
+    if access == Access::Write && file_type.is_block_device() && is_read_only(metadata.rdev()) {
+        return Err(refuse(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the device is read-only")));
+    }
     let mut flags = OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
     flags |= match access {
         Access::Read => OFlags::RDONLY,
@@ -92,6 +96,12 @@ pub fn open(path: &Path, access: Access, side: Side) -> Result<(File, Medium)> {
     let kept = rustix::fs::fcntl_getfl(&file).map_err(|e| refuse(e.into()))? - OFlags::NONBLOCK;
     rustix::fs::fcntl_setfl(&file, kept).map_err(|e| refuse(e.into()))?;
     Ok((file, medium))
+}
+
+/// As the kernel says; it opens such a device for writing all the same.
+fn is_read_only(device: u64) -> bool {
+    let told = std::fs::read_to_string(format!("/sys/dev/block/{}:{}/ro", major(device), minor(device)));
+    told.is_ok_and(|told| told.trim() == "1")
 }
 
 /// Makes what is read from now on what the medium has: what somebody wrote before is flushed, then the cache is dropped. After a

@@ -13,7 +13,7 @@ use rustix::fs::{major, minor};
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 /// How a source looked at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,16 +153,12 @@ impl Activity {
 }
 
 /// Whether the kernel counts what is written to the device whose folder in /sys is `home`, as queue/iostats says of the whole
-/// disk (Documentation/ABI/stable/sysfs-block); zram always does, and says that it does not.
+/// disk (Documentation/ABI/stable/sysfs-block). Drivers without request queues, such as zram and device-mapper, count all the same.
 fn is_counted(home: &Path) -> bool {
-    let is_zram = || home.canonicalize().is_ok_and(|path| path.components().any(|part| is_named(part, "zram")));
     // Of a partition the folder above is the disk's.
-    let told = ["queue/iostats", "../queue/iostats"].map(|name| std::fs::read_to_string(home.join(name)));
-    told.into_iter().flatten().next().is_none_or(|told| told.trim() != "0") || is_zram()
-}
-
-fn is_named(part: Component<'_>, name: &str) -> bool {
-    part.as_os_str().to_str().is_some_and(|part| part.starts_with(name))
+    let of_disk = |name: &str| [home.join(name), home.join("..").join(name)].into_iter().find(|path| path.exists());
+    let told = of_disk("queue/iostats").and_then(|path| std::fs::read_to_string(path).ok());
+    of_disk("mq").is_none() || told.is_none_or(|told| told.trim() != "0")
 }
 
 /// Sectors written and discarded, of a line of /sys/dev/block/M:m/stat (Documentation/admin-guide/iostats).

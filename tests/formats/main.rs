@@ -191,6 +191,35 @@ fn a_secret_opens_what_is_encrypted_and_shows_nowhere() {
     refused.fails(2, "there is no variable 'NO_SUCH'");
 }
 
+#[test]
+fn a_new_vhdx_is_as_sparse_as_its_source() {
+    let bench = Bench::new();
+    let file = fs::OpenOptions::new().write(true).open(bench.at("disk.raw")).unwrap();
+    file.set_len(1 << 30).unwrap();
+    bench.copy("disk.raw", "copy.vhdx", &[]).succeeds();
+    assert_eq!(qemu_img("compare", &[&bench.at("disk.raw"), &bench.at("copy.vhdx")]), "Images are identical.");
+    let allocated = blocks(&fs::metadata(bench.at("copy.vhdx")).unwrap()) * 512;
+    assert!(allocated < 100 << 20, "{allocated}");
+}
+
+/// QEMU's tools die with the thread that starts them, which must not be one that ends.
+#[test]
+fn what_qemu_reads_is_served_to_be_read() {
+    let bench = Bench::new();
+    qemu_img("convert -f raw -O vmdk", &[&bench.at("disk.raw"), &bench.at("disk.vmdk")]);
+    let (socket, meet) = (bench.at("socket"), bench.at("meet"));
+    let listen = format!("unix:{}", text(&socket));
+    let disk = bench.at("disk.vmdk");
+    let arguments = ["serve", "--device", text(&disk), "--read-only", "--nbd", &listen, "--writer-dir", text(&meet)];
+    let server = Running::drive_backup(&arguments);
+    wait_for("the socket", || socket.exists().then_some(()));
+    let uri = format!("nbd+unix:///?socket={}", text(&socket));
+    run("qemu-img", &["convert", "-f", "raw", "-O", "raw", &uri, text(&bench.at("served.raw"))]);
+    bench.is_disk("served.raw");
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.ended().code, 0);
+}
+
 /// As when a guest has encrypted its disk, which is copied back over an older copy.
 #[test]
 fn a_raw_target_that_begins_like_luks_stays_what_was_said() {

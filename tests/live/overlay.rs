@@ -109,7 +109,7 @@ fn a_full_overlay_fails_writes_where_that_is_asked_for() {
     let peak = last_number(&ended, "overlay", "peak").unwrap();
     assert!(peak > 0.0 && peak <= 12288.0 && peak % BLOCK as f64 == 0.0, "{peak}");
     let writes = |field| last_number(&ended, "writer", field).unwrap();
-    assert!(writes("trapped") > 0.0 && writes("writes") >= writes("trapped"));
+    assert!(writes("trapped") > 0.0 && writes("writes") > 0.0);
     assert!(writes("stall_ms_p50") <= writes("stall_ms_p99") && writes("stall_ms_p99") <= writes("stall_ms_max"));
 }
 

@@ -101,6 +101,11 @@ impl Nbd {
         Self::begin(dial, ask, terms, usage)
     }
 
+    /// The export reads as zeroes, as its maker knows: a server need not say so.
+    pub fn of_zeroes(self) -> Self {
+        Self { reads_zero: true, ..self }
+    }
+
     fn begin(dial: Dial, ask: handshake::Ask, terms: Terms, usage: Use) -> io::Result<Self> {
         let is_target = usage.side == Side::Target;
         let pool = Pool::open(dial, ask, terms, is_target)?;

@@ -325,7 +325,7 @@ impl Header {
         match crypt_method {
             0 => Ok(()),
             1 => Err(invalid("it is encrypted with AES (crypt_method 1), which is not supported")),
-            2 => Err(invalid("it is encrypted with LUKS (crypt_method 2), which is not supported")),
+            2 => Err(invalid("it is encrypted with LUKS (crypt_method 2): what opens it is --secret")),
             other => Err(invalid(format!("it is encrypted in an unknown way: crypt_method is {other}"))),
         }
     }

@@ -101,6 +101,11 @@ impl Qemu {
         Ok(Self { nbd, child, name: node.name().to_owned(), side: terms.side, reading, changing })
     }
 
+    /// The image was made a moment ago, and reads as zeroes: not every driver of QEMU says so.
+    pub fn of_zeroes(self) -> Self {
+        Self { nbd: self.nbd.of_zeroes(), ..self }
+    }
+
     /// The files and devices that the image is made of, itself among them: extents, backing files. What leads to each as long as
     /// this lives, and its name.
     pub fn files(&self) -> io::Result<Vec<(PathBuf, PathBuf)>> {

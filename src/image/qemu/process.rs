@@ -2,12 +2,15 @@
 
 use super::super::secret::Secret;
 use crate::job::Job;
+use rustix::io::retry_on_intr;
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -42,16 +45,11 @@ impl Process {
     pub fn start(name: &'static str, mut command: Command) -> io::Result<Self> {
         command.stderr(Stdio::piped()).env("LC_ALL", "C").process_group(0);
         super::super::sys::die_with_us(&mut command);
-        let mut child = command.spawn()?;
-        // It holds our descriptors of what the child has: without it, a dead child's listener would be open.
-        drop(command);
-        let stderr = child.stderr.take();
-        let this = Self { name, child: Mutex::new(child), said: Arc::new(Said::default()) };
-        if let Some(stderr) = stderr {
-            let said = this.said.clone();
-            std::thread::Builder::new().name(name.to_owned()).spawn(move || said.listen(stderr))?;
-        }
-        Ok(this)
+        let said = Arc::new(Said::default());
+        let (theirs, (started, child)) = (said.clone(), channel());
+        std::thread::Builder::new().name(name.to_owned()).spawn(move || live_beside(command, &started, &theirs))?;
+        let child = child.recv().map_err(io::Error::other)??;
+        Ok(Self { name, child: Mutex::new(child), said })
     }
 
     // A panic elsewhere must not keep it alive.
@@ -138,6 +136,26 @@ impl Process {
             Ok(Some(status)) => io::Error::new(error.kind(), self.last_words(status)),
             _ => error,
         }
+    }
+}
+
+/// Starts `command`, and listens to it. The child dies with this thread, which therefore lives as long.
+fn live_beside(mut command: Command, started: &Sender<io::Result<Child>>, said: &Said) {
+    let child = command.spawn().map(|mut child| (child.id(), child.stderr.take(), child));
+    // It holds our descriptors of what the child has: without it, a dead child's listener would be open.
+    drop(command);
+    match child {
+        Ok((id, stderr, child)) => {
+            if started.send(Ok(child)).is_err() {
+                return;
+            }
+            stderr.into_iter().for_each(|stderr| said.listen(stderr));
+            let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            // It fails when its owner has heard of its end first.
+            let _ =
+                retry_on_intr(|| waitid(WaitId::Pid(Pid::from_raw(id as i32).expect("no child is number 0")), ended));
+        }
+        Err(error) => _ = started.send(Err(error)),
     }
 }
 
