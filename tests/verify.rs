@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::bytes::{allocated, disk, identical, noise, read, same, scribble, sound};
 use support::fault::Halted;
+use support::hold::Hold;
 use support::{
     Ended, LoopDevice, Mount, Running, command, copy, drive_backup, fingerprint, folder, names, qemu_img, run,
     sparse_file, text, wait_for,
@@ -166,10 +167,9 @@ impl Below {
     }
 }
 
-/// Stands still at the fadvise that drops the cache of the target that is on stable storage; where that is there already, it is
-/// the second one.
-fn before_reading_back(arguments: &[&str], when: u32) -> Halted {
-    Halted::after("fadvise64", when, &[], arguments)
+/// Stands still at the first fadvise, which drops the cache of the target that is on stable storage.
+fn before_reading_back(arguments: &[&str]) -> Halted {
+    Halted::after("fadvise64", &[], arguments)
 }
 
 /// Flips a bit of `what` in the file behind a device.
@@ -200,7 +200,7 @@ fn a_bit_that_flips_below_the_file_system_is_found_before_the_copy_is_published_
             std::fs::write(&target, "old").unwrap();
             let ends = ["--device", text(&source), "--target", text(&target)];
             let proof = ["--verify", "--manifest", text(&manifest)];
-            let halted = before_reading_back(&[&ends[..], &proof].concat(), 1);
+            let halted = before_reading_back(&[&ends[..], &proof].concat());
             corrupt(&below.backing, marker);
             let ended = halted.goes_on();
             let bad = below.mount.join(&format!("{name}.drive-backup-bad"));
@@ -237,10 +237,13 @@ fn a_device_that_holds_something_else_afterwards_is_incomplete() {
     sparse_file(&backing, 8 * MIB);
     let device = LoopDevice::over(&backing, &[]);
     copy(&source, device.path(), &["--verify"]).succeeds();
-    let arguments = ["--device", text(&source), "--target", text(device.path()), "--verify"];
-    let halted = before_reading_back(&arguments, 2);
+    let hold = Hold::at("Verifying", folder.path());
+    let mut backup = command(&["--device", text(&source), "--target", text(device.path()), "--verify"]);
+    let mut backup = Running::start(backup.env("DRIVE_BACKUP_HOLD", hold.variable()));
+    let held = hold.reached(&mut backup);
     flip(&backing, MIB + 3);
-    let ended = halted.goes_on();
+    drop(held);
+    let ended = backup.ended();
     ended.fails(7, "read back differs from what was written to it at 0x0+4194304");
     assert!(ended.stderr.contains("is INCOMPLETE"), "{ended:?}");
 }

@@ -18,7 +18,7 @@ fn a_writer_that_starts_after_the_last_read_of_a_resting_disk_changes_nothing() 
     let ends = ["--device", text(&disk), "--target", text(&copy), "--writer-dir", text(&meet)];
     std::fs::create_dir(&meet).unwrap();
     std::fs::set_permissions(&meet, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
-    let backup = Halted::after("unlinkat", 1, &["-P", text(&meet)], &[&ends[..], &["--overlay", "memory"]].concat());
+    let backup = Halted::after("unlinkat", &["-P", text(&meet)], &[&ends[..], &["--overlay", "memory"]].concat());
     assert!(!names(&meet).iter().any(|name| name.starts_with("backup-")), "the announcement is gone");
     assert!(!copy.exists());
     let writer = Writer::open_in(&disk, &meet).unwrap();

@@ -39,12 +39,12 @@ pub struct Halted {
 }
 
 impl Halted {
-    /// Stopped when one of its threads has made the system call `call` `when` times. `options` are strace's own: which calls count.
-    pub fn after(call: &str, when: u32, options: &[&str], arguments: &[&str]) -> Self {
+    /// Stopped when it has made the system call `call` for the first time. `options` are strace's own: which calls count.
+    pub fn after(call: &str, options: &[&str], arguments: &[&str]) -> Self {
         let log = tempfile::NamedTempFile::new().unwrap();
         let mut strace = Command::new("strace");
         strace.args(["-f", "-qq", "-o", text(log.path()), "-e", &format!("trace={call}")]).args(options);
-        strace.args(["-e", &format!("inject={call}:signal=STOP:when={when}"), BINARY]).args(arguments);
+        strace.args(["-e", &format!("inject={call}:signal=STOP:when=1"), BINARY]).args(arguments);
         let mut strace = Running::start(&mut piped(strace));
         let stopped = |log: String| log.contains("--- stopped by SIGSTOP ---").then_some(());
         wait_for("the stop", || stopped(std::fs::read_to_string(log.path()).unwrap()));
