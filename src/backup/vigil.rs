@@ -18,7 +18,8 @@ pub struct Vigil {
 
 struct Watched {
     file: SourceFile,
-    at_instant: Fingerprint,
+    /// `None`: it was writers' then, and a look at a device waits for its dirty pages while they are frozen.
+    at_instant: Option<Fingerprint>,
 }
 
 /// How the watched files looked at one moment; `None`: a file that writers change was not looked at.
@@ -38,10 +39,12 @@ impl Vigil {
     /// Begins with how `files` look at the instant, for which writers were `frozen` or there was none. Blocks while a device's
     /// dirty pages are written.
     pub fn begin(files: &[SourceFile], frozen: bool) -> Result<Self> {
-        let watch = |file: &SourceFile| Ok(Watched { at_instant: file.look()?, file: file.clone() });
+        let is_watched = |file: &SourceFile| !frozen || file.role == Role::Backing;
+        let look = |file: &SourceFile| is_watched(file).then(|| file.look()).transpose();
+        let watch = |file: &SourceFile| Ok(Watched { at_instant: look(file)?, file: file.clone() });
         let watched: Vec<Watched> = files.iter().map(watch).collect::<Result<_>>()?;
-        let at_instant = watched.iter().map(|watched| Some(watched.at_instant.clone())).collect();
-        let since = if frozen { None } else { Some(Ok(at_instant)) };
+        let at_instant = || Ok(watched.iter().map(|watched| watched.at_instant.clone()).collect());
+        let since = (!frozen).then(at_instant);
         Ok(Self { watched, quiet: Mutex::new(Quiet { since, maybe_until: None, changed: None }) })
     }
 
@@ -105,7 +108,7 @@ impl Vigil {
         let backing = || {
             self.watched.iter().zip(now).enumerate().find_map(|(place, (watched, now))| {
                 let now = now.as_ref().filter(|_| watched.file.role == Role::Backing)?;
-                Some((place, now.written_since(&watched.at_instant)?))
+                Some((place, now.written_since(watched.at_instant.as_ref()?)?))
             })
         };
         Ok(changed.or_else(backing).map(|(place, what)| (self.watched[place].file.path.as_path(), what)))
@@ -113,11 +116,10 @@ impl Vigil {
 
     /// Of what can be told at once, such as a device that is mounted.
     pub fn change_at_once(&self) -> Option<(&Path, String)> {
-        let all = self.quiet().since.is_some();
-        self.watched
-            .iter()
-            .filter(|Watched { file, .. }| all || file.role == Role::Backing)
-            .find_map(|Watched { file, at_instant }| Some((file.path.as_path(), at_instant.changed_since(at_instant)?)))
+        self.watched.iter().find_map(|Watched { file, at_instant }| {
+            let look = at_instant.as_ref()?;
+            Some((file.path.as_path(), look.changed_since(look)?))
+        })
     }
 
     // Whoever panicked has left a whole value.
