@@ -32,6 +32,7 @@ pub fn keep(old: &File, new: &File) -> Vec<(String, Errno)> {
 }
 
 /// Whether more is said of who may what than its mode. Where that can't be read, it may be.
+#[cfg(feature = "fuse")]
 pub fn has_access_list(file: &File) -> bool {
     let none = [Errno::NODATA, Errno::OPNOTSUPP, Errno::NOSYS];
     !fgetxattr(file, ACCESS_LIST, &mut [0_u8; 256][..]).is_err_and(|errno| none.contains(&errno))
