@@ -114,9 +114,23 @@ impl Scene {
         }
     }
 
+    #[track_caller]
     fn serve(&self) -> Server {
-        let server = self.start(None);
-        self.hears("READY=1");
+        let mut server = self.start(None);
+        self.notify.set_nonblocking(true).unwrap();
+        let mut word = [0; 64];
+        let mut is_ready = || {
+            let length = self.notify.recv(&mut word).ok()?;
+            String::from_utf8_lossy(&word[..length]).contains("READY=1").then_some(())
+        };
+        wait_for("a server that is ready", || {
+            if server.running.has_ended() {
+                let said = server.running.child().stderr.take().map(|stderr| std::io::read_to_string(stderr).unwrap());
+                panic!("it ended before it was ready: {said:?}");
+            }
+            is_ready()
+        });
+        self.notify.set_nonblocking(false).unwrap();
         server
     }
 
