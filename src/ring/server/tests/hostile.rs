@@ -229,7 +229,8 @@ fn the_ring_of_a_process_that_has_ended_is_looked_at_once_more_and_let_go() {
         lock(&writers.hub.gone).push((pid, ring));
         left
     };
-    let (of_the_dead, of_the_living) = (bury(ended), bury(lives));
+    // Whoever looks at the dead one sees both.
+    let (of_the_living, of_the_dead) = (bury(lives), bury(ended));
     until(|| of_the_dead.strong_count() == 0);
     assert_eq!(of_the_living.strong_count(), 1, "it may mark its ring yet");
     writers.check().unwrap();
