@@ -114,24 +114,34 @@ impl Scene {
         }
     }
 
+    /// A server that is ready. What one was starting when it was killed has the disk, and its lock, until it has started.
     #[track_caller]
     fn serve(&self) -> Server {
-        let mut server = self.start(None);
+        wait_for("a server that the disk is free for", || {
+            let mut server = self.start(None);
+            match self.ends_before_it_is_ready(&mut server) {
+                None => Some(server),
+                Some(said) if said.contains("is in use by another program") => None,
+                Some(said) => panic!("it ended before it was ready: {said}"),
+            }
+        })
+    }
+
+    /// What it said then.
+    fn ends_before_it_is_ready(&self, server: &mut Server) -> Option<String> {
         self.notify.set_nonblocking(true).unwrap();
         let mut word = [0; 64];
         let mut is_ready = || {
             let length = self.notify.recv(&mut word).ok()?;
-            String::from_utf8_lossy(&word[..length]).contains("READY=1").then_some(())
+            String::from_utf8_lossy(&word[..length]).contains("READY=1").then_some(None)
         };
-        wait_for("a server that is ready", || {
-            if server.running.has_ended() {
-                let said = server.running.child().stderr.take().map(|stderr| std::io::read_to_string(stderr).unwrap());
-                panic!("it ended before it was ready: {said:?}");
-            }
-            is_ready()
+        let end = wait_for("a server that is ready", || {
+            let has_ended = server.running.has_ended();
+            let said = || std::io::read_to_string(server.running.child().stderr.take().unwrap()).unwrap();
+            is_ready().or_else(|| has_ended.then(said).map(Some))
         });
         self.notify.set_nonblocking(false).unwrap();
-        server
+        end
     }
 
     /// A server that has come to `place`, which is before it is ready.
