@@ -1,15 +1,18 @@
 //! Changes while a flush waits for the disk.
 
 use super::*;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{OnceLock, Weak};
 
 /// A disk in memory on which, whenever a flush waits without the image's lock, the image is changed meanwhile.
-struct Meddled {
+struct Meddled<M> {
     disk: MemoryDisk,
     image: OnceLock<Weak<ExistingQcow2>>,
     /// `None` while it is in use: changes may flush, too.
-    guest: Mutex<Option<Guest>>,
+    meddler: Mutex<Option<M>>,
+}
+
+trait Meddler: Send {
+    fn meddle(&mut self, image: &ExistingQcow2, disk: &MemoryDisk);
 }
 
 /// What is changed, and what it must be then.
@@ -41,25 +44,59 @@ impl Guest {
     }
 }
 
-impl Meddled {
+impl Meddler for Guest {
+    fn meddle(&mut self, image: &ExistingQcow2, disk: &MemoryDisk) {
+        for _ in 0..self.below(4) {
+            self.change(image, disk.log().len());
+        }
+        if self.random.coin() {
+            // As when the tables in memory are too many.
+            image.state().commit().unwrap();
+            (0..self.below(3)).for_each(|_| self.change(image, disk.log().len()));
+        }
+    }
+}
+
+/// While the first flush waits it changes something else, and a commit that needs room fails.
+struct Full {
+    is_over: bool,
+}
+
+impl Meddler for Full {
+    fn meddle(&mut self, image: &ExistingQcow2, disk: &MemoryDisk) {
+        if !std::mem::replace(&mut self.is_over, true) {
+            image.write_at(&[2; 512], 40 << 10).unwrap();
+            disk.fail_from(Some(disk.log().len()));
+            assert!(image.state().commit().is_err());
+            disk.fail_from(None);
+        }
+    }
+}
+
+impl<M: Meddler> Meddled<M> {
+    /// And the image on it.
+    fn beside(bench: &Bench, meddler: M) -> (Arc<ExistingQcow2>, Arc<Self>)
+    where
+        M: 'static,
+    {
+        let (disk, meddler) = (MemoryDisk::of(bench.start.clone()), Mutex::new(Some(meddler)));
+        let meddled = Arc::new(Self { disk, image: OnceLock::new(), meddler });
+        let image = Arc::new(ExistingQcow2::load(meddled.clone(), bench.backing.clone()).unwrap());
+        meddled.image.set(Arc::downgrade(&image)).unwrap();
+        (image, meddled)
+    }
+
     fn meddle(&self) {
         let Some(image) = self.image.get().and_then(Weak::upgrade) else { return };
         // Held, it is a commit: nobody else gets in.
         let is_free = image.state.try_lock().is_ok();
-        let Some(mut guest) = self.guest.lock().unwrap().take_if(|_| is_free) else { return };
-        for _ in 0..guest.below(4) {
-            guest.change(&image, self.disk.log().len());
-        }
-        if guest.random.coin() {
-            // As when the tables in memory are too many.
-            image.state().commit().unwrap();
-            (0..guest.below(3)).for_each(|_| guest.change(&image, self.disk.log().len()));
-        }
-        *self.guest.lock().unwrap() = Some(guest);
+        let Some(mut meddler) = self.meddler.lock().unwrap().take_if(|_| is_free) else { return };
+        meddler.meddle(&image, &self.disk);
+        *self.meddler.lock().unwrap() = Some(meddler);
     }
 }
 
-impl Image for Meddled {
+impl<M: Meddler> Image for Meddled<M> {
     fn length(&self) -> u64 {
         self.disk.length()
     }
@@ -96,71 +133,11 @@ impl Image for Meddled {
     }
 }
 
-/// A disk in memory on which, while the first flush waits, another change needs room, and a commit for it fails.
-struct Full {
-    disk: MemoryDisk,
-    image: OnceLock<Weak<ExistingQcow2>>,
-    is_full: AtomicBool,
-}
-
-impl Full {
-    fn fill(&self) {
-        let Some(image) = self.image.get().and_then(Weak::upgrade) else { return };
-        if self.is_full.load(SeqCst) || image.state.try_lock().is_err() {
-            return;
-        }
-        image.write_at(&[2; 512], 40 << 10).unwrap();
-        self.is_full.store(true, SeqCst);
-        assert!(image.state().commit().is_err());
-        self.is_full.store(false, SeqCst);
-    }
-}
-
-impl Image for Full {
-    fn length(&self) -> u64 {
-        self.disk.length()
-    }
-
-    fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
-        self.disk.block_status(range)
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.disk.read_at(buf, offset)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        if self.is_full.load(SeqCst) { Err(io::ErrorKind::StorageFull.into()) } else { self.disk.write_at(buf, offset) }
-    }
-
-    fn write_zeroes(&self, range: ByteRange) -> io::Result<()> {
-        self.disk.write_zeroes(range)
-    }
-
-    fn discard(&self, range: ByteRange) -> io::Result<()> {
-        self.disk.discard(range)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        if self.disk.log().iter().all(|operation| *operation != Operation::Flush) {
-            self.fill();
-        }
-        self.disk.flush()
-    }
-
-    fn properties(&self) -> Properties {
-        self.disk.properties()
-    }
-}
-
 /// The commit has taken the tables of the flush for its own, and has not written them.
 #[test]
 fn a_flush_beside_a_commit_that_fails_still_holds() {
     let bench = Bench::new(Shape { cluster_bits: 9, options: "compat=1.1", base: Base::Empty, length: 60 << 10 });
-    let disk = MemoryDisk::of(bench.start.clone());
-    let full = Arc::new(Full { disk, image: OnceLock::new(), is_full: AtomicBool::new(false) });
-    let image = Arc::new(ExistingQcow2::load(full.clone(), None).unwrap());
-    full.image.set(Arc::downgrade(&image)).unwrap();
+    let (image, full) = Meddled::beside(&bench, Full { is_over: false });
     image.write_at(&[1; 1024], 0).unwrap();
     image.flush().unwrap();
     let log = full.disk.log();
@@ -175,24 +152,21 @@ fn a_flush_beside_a_commit_that_fails_still_holds() {
 /// How the image was when a flush began that ended when the log was so long, and how many changes there had been.
 type Flushed = (usize, Vec<u8>, usize);
 
-fn run(seed: u64, bench: &Bench) -> (Vec<Operation>, Vec<Flushed>, Guest, Arc<Meddled>) {
+fn run(seed: u64, bench: &Bench) -> (Vec<Operation>, Vec<Flushed>, Guest, Arc<Meddled<Guest>>) {
     let guest = Guest { random: Random(seed), model: bench.model.clone(), changes: Vec::new() };
-    let disk = MemoryDisk::of(bench.start.clone());
-    let meddled = Arc::new(Meddled { disk, image: OnceLock::new(), guest: Mutex::new(Some(guest)) });
-    let image = Arc::new(ExistingQcow2::load(meddled.clone(), bench.backing.clone()).unwrap());
-    meddled.image.set(Arc::downgrade(&image)).unwrap();
+    let (image, meddled) = Meddled::beside(bench, guest);
     let mut flushed = vec![(0, bench.model.clone(), 0)];
     for _ in 0..6 {
         meddled.meddle();
         let (model, changes) = {
-            let guest = meddled.guest.lock().unwrap();
+            let guest = meddled.meddler.lock().unwrap();
             let guest = guest.as_ref().unwrap();
             (guest.model.clone(), guest.changes.len())
         };
         image.flush().unwrap();
         flushed.push((meddled.disk.log().len(), model, changes));
     }
-    let guest = meddled.guest.lock().unwrap().take().unwrap();
+    let guest = meddled.meddler.lock().unwrap().take().unwrap();
     image.flush().unwrap();
     (meddled.disk.log(), flushed, guest, meddled)
 }
