@@ -330,6 +330,11 @@ impl Moment {
         self.overlay.as_deref()
     }
 
+    /// After the last read of it: [`Overlay::check`].
+    pub fn check_overlay(&self) -> Result<()> {
+        self.overlay().map_or(Ok(()), Overlay::check)
+    }
+
     /// What the overlay holds though it was not allocated; `None`: that makes no difference.
     pub fn unallocated(&self) -> Option<&Unallocated> {
         self.unallocated.as_deref()
@@ -382,9 +387,6 @@ impl Moment {
         let now = self.vigil.as_ref().map(|vigil| vigil.look()).transpose();
         if let Some(writers) = &self.writers {
             writers.finish()?;
-        }
-        if let Some(overlay) = &self.overlay {
-            overlay.check()?;
         }
         match self.vigil.as_ref().zip(now?) {
             Some((vigil, now)) => Ok(self.judge(vigil.change(&now)?)? && !self.is_apart),

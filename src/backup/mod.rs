@@ -29,7 +29,6 @@ use crate::hold::{self, Place};
 use crate::job::{Gate, Job};
 use crate::manifest::Contents;
 use crate::monitor::{Event, Monitor, Started};
-use crate::snapshot::overlay::Overlay;
 use destination::Destination;
 use instant::{Moment, Ready};
 use origin::Origin;
@@ -227,8 +226,7 @@ fn keep_overwritten(disk: Disk<'_>, destination: Destination, moment: &Moment) -
     job.enter(Phase::Copy);
     let copied = copier(disk, moment, &destination, None).run_until_cancelled(|| moment.check().map(drop));
     let copied = copied.map_err(|error| moment.lost().unwrap_or(error));
-    let copied =
-        copied.and_then(|_| moment.overlay().map_or(Ok(()), Overlay::check)).and_then(|()| destination.flush());
+    let copied = copied.and_then(|_| moment.check_overlay()).and_then(|()| destination.flush());
     let published = match copied {
         Ok(()) => destination.publish(options.fsync),
         Err(error) => Err(destination.give_up(error, false)),
@@ -262,6 +260,7 @@ fn proven_copy(
     job.enter(Phase::Copy);
     let losses = copy(disk, moment, destination, proof.hashing()).map_err(|error| moment.lost().unwrap_or(error))?;
     let consistent = moment.check()?;
+    moment.check_overlay()?;
     taken.consistent = consistent;
     job.enter(Phase::Flush);
     hold::at(Place::Flushing);

@@ -17,12 +17,11 @@ use crate::backup::{self, Disk, Ended, Failure, Options, Summary, TargetState};
 use crate::error::{Error, Kind};
 use crate::ground::size::Rate;
 use crate::ground::status::Pause;
+use crate::image::stream::can_flush;
 use crate::job::Job;
 use crate::monitor::TargetKind;
 use anyhow::Context;
-use rustix::fs::FileType;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -106,11 +105,6 @@ struct Watched {
     status_wanted: Sender<()>,
     /// Set with the last record.
     code: Option<u8>,
-}
-
-/// False as well where that can't be told.
-fn is_file(stream: impl AsFd) -> bool {
-    rustix::fs::fstat(stream).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
 }
 
 /// How far an undoing came.
@@ -442,7 +436,7 @@ impl Watched {
             elapsed,
             rate_avg,
             compared,
-            sent: kind == Some(TargetKind::Stdout) && !is_file(io::stdout()),
+            sent: kind == Some(TargetKind::Stdout) && !can_flush(io::stdout()).is_ok_and(|can| can),
         };
         let display = &self.watch.display;
         good.missing().iter().for_each(|line| display.fail(line));

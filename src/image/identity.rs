@@ -4,11 +4,11 @@
 //! to one inode; a loop device is its backing file; a partition is a range of its disk; a device-mapper or md device
 //! lies above its slaves. Two paths overlap when one of them, or what lies below it, has a byte of the other.
 
-use super::medium::Identity;
+use super::medium::{self, Identity};
 use super::sys::{self, LoopBacking};
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::ByteRange;
-use rustix::fs::{Mode, OFlags, major, makedev, minor};
+use rustix::fs::{Mode, OFlags, major, makedev};
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io;
@@ -170,11 +170,11 @@ struct Sysfs {
 
 impl Sysfs {
     fn system() -> Self {
-        Self { root: "/sys/dev/block".into() }
+        Self { root: medium::SYS_BLOCK.into() }
     }
 
     fn folder(&self, device: u64) -> PathBuf {
-        self.root.join(format!("{}:{}", major(device), minor(device)))
+        self.root.join(medium::number(device))
     }
 
     fn storage(&self, device: u64) -> Storage {

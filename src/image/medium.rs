@@ -6,7 +6,7 @@ use rustix::io::retry_on_intr;
 use std::fs::{File, FileType, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Where the bytes of a raw image are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,9 +98,22 @@ pub fn open(path: &Path, access: Access, side: Side) -> Result<(File, Medium)> {
     Ok((file, medium))
 }
 
+/// What the kernel tells of its block devices, each by its [`number`].
+pub const SYS_BLOCK: &str = "/sys/dev/block";
+
+/// A device's `st_rdev` as the kernel writes it: MAJOR:MINOR.
+pub fn number(device: u64) -> String {
+    format!("{}:{}", major(device), minor(device))
+}
+
+/// What the kernel tells of the block device with this `st_rdev`.
+pub fn sys_folder(device: u64) -> PathBuf {
+    Path::new(SYS_BLOCK).join(number(device))
+}
+
 /// As the kernel says; it opens such a device for writing all the same.
 fn is_read_only(device: u64) -> bool {
-    let told = std::fs::read_to_string(format!("/sys/dev/block/{}:{}/ro", major(device), minor(device)));
+    let told = std::fs::read_to_string(sys_folder(device).join("ro"));
     told.is_ok_and(|told| told.trim() == "1")
 }
 

@@ -8,8 +8,7 @@
 //! A device's dirty pages are written out before each look, so that whoever wrote through the page cache is counted.
 
 use super::identity;
-use super::medium::{Identity, Medium};
-use rustix::fs::{major, minor};
+use super::medium::{self, Identity, Medium};
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -119,7 +118,7 @@ impl Activity {
     fn of(file: &File, path: &Path, medium: Medium) -> io::Result<Self> {
         file.sync_all()?;
         let device = file.metadata()?.rdev();
-        let home = PathBuf::from(format!("/sys/dev/block/{}:{}", major(device), minor(device)));
+        let home = medium::sys_folder(device);
         let stat = std::fs::read_to_string(home.join("stat"))?;
         let sectors = sectors_changed(&stat).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidData, "the kernel's statistics of the device are not understood")

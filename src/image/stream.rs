@@ -4,9 +4,10 @@ use super::{Image, Properties};
 use crate::error::{Error, Kind, Result, Side};
 use crate::ground::range::{ByteRange, Extent};
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::FileType;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -21,6 +22,12 @@ pub struct Stream {
 
 /// Zero bytes sent at once.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// A flush of `stream` reaches stable storage. What a pipe's reader does with the bytes is not ours to know.
+pub fn can_flush(stream: impl AsFd) -> io::Result<bool> {
+    let file_type = FileType::from_raw_mode(rustix::fs::fstat(stream)?.st_mode);
+    Ok(matches!(file_type, FileType::RegularFile | FileType::BlockDevice))
+}
 
 impl Stream {
     /// The process's stdout as a target of `length` bytes. A terminal is refused.
@@ -39,10 +46,9 @@ impl Stream {
         Self { file, length, position: Mutex::new(0) }
     }
 
-    /// A flush reaches stable storage. What a pipe's reader does with the bytes is not ours to know.
+    /// See [`can_flush`].
     pub fn can_flush(&self) -> io::Result<bool> {
-        let file_type = self.file.metadata()?.file_type();
-        Ok(file_type.is_file() || file_type.is_block_device())
+        can_flush(&self.file)
     }
 
     fn send(&self, mut bytes: &[u8], position: &mut u64) -> io::Result<()> {

@@ -93,7 +93,7 @@ pub fn die_with_us(command: &mut std::process::Command) {
         // The parent may have died before.
         if rustix::process::getppid() == Some(parent) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
     };
-    // SAFETY: between fork and exec the closure makes three system calls, and neither allocates nor locks: an `io::Error` of an
+    // SAFETY: between fork and exec the closure makes three system calls, and none of them allocates or locks: an `io::Error` of an
     // errno or of a kind is a plain value.
     unsafe { command.pre_exec(in_child) };
 }
